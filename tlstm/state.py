@@ -1,0 +1,170 @@
+"""`LSTMState`: the recurrent state of a stack of LSTM layers as one object that users carry, reorder and save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "tlstm-state-1"
+
+
+@dataclass(frozen=True, eq=False)
+class LSTMState:
+    """Hidden and cell state of `L` stacked layers for `B` streams.
+
+    Fields:
+        h: one tensor per layer, `(B, H_l)`, or `(B, P_l)` where the layer has a recurrent projection.
+        c: one tensor per layer, `(B, H_l)`.
+
+    The object is immutable: every method returns a new state and leaves this one usable, so that a state can be kept
+    as a cached prompt and continued many times.
+    """
+
+    h: tuple[Tensor, ...]
+    c: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if not self.h or len(self.h) != len(self.c):
+            raise ValueError(f"an LSTM state needs one h and one c per layer, got {len(self.h)} h and {len(self.c)} c")
+        batch = self.h[0].shape[0] if self.h[0].ndim == 2 else None
+        for name, tensors in (("h", self.h), ("c", self.c)):
+            for layer, tensor in enumerate(tensors):
+                if tensor.ndim != 2 or tensor.shape[0] != batch:
+                    raise ValueError(
+                        f"{name}[{layer}]: expected shape (B, width) with the same B in every layer "
+                        f"(h[0] is {tuple(self.h[0].shape)}), got {tuple(tensor.shape)}"
+                    )
+
+    @classmethod
+    def zeros(
+        cls,
+        output_sizes: Sequence[int],
+        widths: Sequence[int],
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LSTMState:
+        """The state before any input: layer `l` gets `h` `(B, output_sizes[l])` and `c` `(B, widths[l])`, all zero."""
+
+        def make(sizes: Sequence[int]) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(batch_size, size, dtype=dtype, device=device) for size in sizes)
+
+        return cls(h=make(output_sizes), c=make(widths))
+
+    # ---- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Number of streams, `B`."""
+        return self.h[0].shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers, `L`."""
+        return len(self.h)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.h[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.h[0].device
+
+    def __repr__(self) -> str:
+        widths = [tensor.shape[1] for tensor in self.c]
+        return f"LSTMState(batch_size={self.batch_size}, widths={widths}, dtype={self.dtype}, device='{self.device}')"
+
+    # ---- new states from old -------------------------------------------------------------------------------------
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LSTMState:
+        """Apply `function` to every tensor."""
+        return LSTMState(h=tuple(map(function, self.h)), c=tuple(map(function, self.c)))
+
+    def detach(self) -> LSTMState:
+        """Cut the gradient history: the boundary of truncated back-propagation through time."""
+        return self.map(Tensor.detach)
+
+    def clone(self) -> LSTMState:
+        return self.map(Tensor.clone)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LSTMState:
+        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def select(self, rows: Tensor) -> LSTMState:
+        """Streams `rows` (int64, any order, repeats allowed): reorder for beam search, or drop finished streams."""
+        return self.map(lambda tensor: tensor.index_select(0, rows))
+
+    def repeat_interleave(self, repeats: int) -> LSTMState:
+        """Each stream `repeats` times in a row: one prompt, several continuations."""
+        return self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    @staticmethod
+    def cat(states: Sequence[LSTMState]) -> LSTMState:
+        """Put the streams of several states of one model side by side."""
+        if not states:
+            raise ValueError("LSTMState.cat: expected at least one state, got none")
+        layers = {state.num_layers for state in states}
+        if len(layers) != 1:
+            raise ValueError(f"LSTMState.cat: expected states of one model, got states of {sorted(layers)} layers")
+        return LSTMState(
+            h=tuple(torch.cat(tensors) for tensors in zip(*(state.h for state in states), strict=True)),
+            c=tuple(torch.cat(tensors) for tensors in zip(*(state.c for state in states), strict=True)),
+        )
+
+    # ---- storage -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state under flat names, `h.0`, `c.0`, `h.1`, ..., as `save` stores it."""
+        named = {f"h.{layer}": tensor for layer, tensor in enumerate(self.h)}
+        return named | {f"c.{layer}": tensor for layer, tensor in enumerate(self.c)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> LSTMState:
+        """The inverse of `tensors`; raises `ValueError` when a layer is missing."""
+        layers = sum(name.startswith("h.") for name in tensors)
+        expected = {f"{kind}.{layer}" for kind in "hc" for layer in range(layers)}
+        if not layers or set(tensors) != expected:
+            raise ValueError(f"expected tensors h.0, c.0, ... of one LSTM state, got {sorted(tensors)}")
+        return cls(
+            h=tuple(tensors[f"h.{layer}"] for layer in range(layers)),
+            c=tuple(tensors[f"c.{layer}"] for layer in range(layers)),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one safetensors file, replacing `path` atomically."""
+        target = Path(path)
+        staged = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()},
+                staged,
+                metadata={"format": FORMAT},
+            )
+            os.replace(staged, target)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> LSTMState:
+        """Read a state written by `save`. Raises `ValueError` naming the file when it is not one."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                kind = (file.metadata() or {}).get("format")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error}); save the state again") from None
+        if kind != FORMAT:
+            raise ValueError(f"{path}: expected a file of format {FORMAT!r}, got {kind!r}; write it with LSTMState.save")
+        try:
+            return cls.from_tensors(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
