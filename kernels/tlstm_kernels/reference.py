@@ -1,0 +1,251 @@
+"""The LSTM equations in plain torch: forward, hand-written backward, and the differentiable function over the two.
+
+This is what every kernel is compared with, and the layer's `reference` backend. One layer, one direction. Dims: B batch,
+T time, I input, H hidden units, P width of h (the projection's size, or H). Gates are stacked in `torch.nn.LSTM` order
+i, f, g, o:
+
+    [i f g o]_t = act( x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh )      act: sigmoid, sigmoid, tanh, sigmoid
+    c_t = f_t * c_{t-1} + i_t * g_t
+    m_t = o_t * tanh(c_t)
+    h_t = m_t, or m_t W_hr^T with a recurrent projection
+
+(Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000; projection Sak et al. 2014.) float32 and float64 are
+computed in their own dtype. In float16 and bfloat16 the gates, the cell state and every sum are float32 and only h, which
+the next step and the next layer read, is rounded to the storage dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LSTMSteps:
+    """Everything a layer computed, step by step, in the computation dtype (float32 for half types).
+
+    At positions past a sequence's length `h` and `c` hold the frozen state, and the gates are those of a zero input: they
+    are computed but not used. Positions are those of the input also where the sequence is read in reverse.
+    """
+
+    i: Tensor  # (T, B, H) input gate, after the sigmoid
+    f: Tensor  # (T, B, H) forget gate, after the sigmoid
+    g: Tensor  # (T, B, H) candidate, after the tanh
+    o: Tensor  # (T, B, H) output gate, after the sigmoid
+    c: Tensor  # (T, B, H) cell state after the step
+    h: Tensor  # (T, B, P) hidden state after the step
+
+
+@dataclass(frozen=True, eq=False)
+class LSTMGradients:
+    """Gradients of one layer's inputs and weights; None for weights that the layer does not have."""
+
+    x: Tensor  # (T, B, I)
+    h_0: Tensor  # (B, P)
+    c_0: Tensor  # (B, H)
+    w_ih: Tensor  # (4H, I)
+    w_hh: Tensor  # (4H, P)
+    b_ih: Tensor | None  # (4H,)
+    b_hh: Tensor | None  # (4H,)
+    w_hr: Tensor | None  # (P, H)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of gates, cell state and sums for a layer stored in `dtype`: float32 for half types, else `dtype` itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def lstm_forward(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (B, P)
+    c_0: Tensor,  # (B, H)
+    w_ih: Tensor,  # (4H, I)
+    w_hh: Tensor,  # (4H, P)
+    b_ih: Tensor | None = None,  # (4H,)
+    b_hh: Tensor | None = None,  # (4H,)
+    w_hr: Tensor | None = None,  # (P, H)
+    lengths: Tensor | None = None,  # (B,) integer, 0..T
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, LSTMSteps]:
+    """Run one layer in one direction; differentiable by autograd, op by op.
+
+    `lengths` freezes each row's state past its length and makes the output zero there; what `x` holds there is never read.
+    With `reverse` a row is read from its last valid position to its first. T = 0 returns the initial state.
+
+    Returns:
+        y (T, B, P), h_n (B, P), c_n (B, H), all in x's dtype, and the `LSTMSteps`.
+    """
+    T, B, _ = x.shape
+    H = w_hh.shape[0] // 4
+    dtype = compute_dtype(x.dtype)
+    valid = _valid_positions(lengths, T)
+    x_proj = _zero_padding(x, valid).to(dtype) @ w_ih.to(dtype).T  # (T, B, 4H)
+    if b_ih is not None:
+        x_proj = x_proj + b_ih.to(dtype)
+    if b_hh is not None:
+        x_proj = x_proj + b_hh.to(dtype)
+    w_hh_t = w_hh.to(dtype).T
+
+    h, c = h_0.to(dtype), c_0.to(dtype)
+    gates_of: list[Tensor] = [x_proj] * T
+    c_of: list[Tensor] = [c] * T
+    h_of: list[Tensor] = [h] * T
+    for t in _order(T, reverse):
+        i, f, g, o = (x_proj[t] + h @ w_hh_t).chunk(4, dim=-1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c_t = f * c + i * g
+        h_t = o * c_t.tanh()
+        if w_hr is not None:
+            h_t = h_t @ w_hr.to(dtype).T
+        h_t = h_t.to(x.dtype).to(dtype)
+        if valid is not None:
+            c_t, h_t = torch.where(valid[t], c_t, c), torch.where(valid[t], h_t, h)
+        h, c = h_t, c_t
+        gates_of[t], c_of[t], h_of[t] = torch.cat((i, f, g, o), dim=-1), c, h
+
+    gates = torch.stack(gates_of) if T else x_proj.new_zeros(0, B, 4 * H)
+    cells = torch.stack(c_of) if T else c.new_zeros(0, B, H)
+    hidden = torch.stack(h_of) if T else h.new_zeros(0, B, h_0.shape[-1])
+    steps = LSTMSteps(*gates.chunk(4, dim=-1), c=cells, h=hidden)
+    y = _zero_padding(hidden, valid).to(x.dtype)
+    return y, h.to(x.dtype), c.to(x.dtype), steps
+
+
+def lstm_backward(
+    d_y: Tensor,  # (T, B, P)
+    d_h_n: Tensor,  # (B, P)
+    d_c_n: Tensor,  # (B, H)
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (B, P)
+    c_0: Tensor,  # (B, H)
+    w_ih: Tensor,  # (4H, I)
+    w_hh: Tensor,  # (4H, P)
+    b_ih: Tensor | None,  # (4H,)
+    b_hh: Tensor | None,  # (4H,)
+    w_hr: Tensor | None,  # (P, H)
+    steps: LSTMSteps,
+    lengths: Tensor | None = None,  # (B,) integer, 0..T
+    reverse: bool = False,
+) -> LSTMGradients:
+    """The gradients of `lstm_forward`, equation by equation; arguments as there, `steps` as it returned them.
+
+    Each gradient comes back in the dtype of the tensor that it belongs to.
+    """
+    T = x.shape[0]
+    dtype = compute_dtype(x.dtype)
+    valid = _valid_positions(lengths, T)
+    # The state that each step started from, in the order in which the steps ran.
+    before = _state_before(h_0, steps.h, reverse), _state_before(c_0, steps.c, reverse)
+    h_prev_all, c_prev_all = before  # (T, B, P), (T, B, H)
+    w_hh_, w_hr_ = w_hh.to(dtype), None if w_hr is None else w_hr.to(dtype)
+
+    d_h, d_c = d_h_n.to(dtype), d_c_n.to(dtype)
+    d_gates_of: list[Tensor] = [d_c] * T
+    d_h_of: list[Tensor] = [d_h] * T
+    for t in _order(T, not reverse):
+        i, f, g, o, c_prev = steps.i[t], steps.f[t], steps.g[t], steps.o[t], c_prev_all[t]
+        tanh_c = steps.c[t].tanh()
+        # A frozen step hands its incoming gradient on and takes none for itself.
+        d_h_frozen = d_c_frozen = None
+        if valid is not None:
+            d_h_frozen, d_c_frozen = d_h.masked_fill(valid[t], 0), d_c.masked_fill(valid[t], 0)
+            d_h, d_c = d_h.masked_fill(~valid[t], 0), d_c.masked_fill(~valid[t], 0)
+            d_h = d_h + d_y[t].to(dtype).masked_fill(~valid[t], 0)
+        else:
+            d_h = d_h + d_y[t].to(dtype)
+
+        d_m = d_h if w_hr_ is None else d_h @ w_hr_
+        d_c = d_c + d_m * o * (1 - tanh_c * tanh_c)
+        d_o = d_m * tanh_c * o * (1 - o)
+        d_i = d_c * g * i * (1 - i)
+        d_f = d_c * c_prev * f * (1 - f)
+        d_g = d_c * i * (1 - g * g)
+        d_gates_of[t], d_h_of[t] = torch.cat((d_i, d_f, d_g, d_o), dim=-1), d_h
+        d_c = d_c * f
+        d_h = d_gates_of[t] @ w_hh_
+        if d_h_frozen is not None and d_c_frozen is not None:
+            d_h, d_c = d_h + d_h_frozen, d_c + d_c_frozen
+
+    # Everything below does not depend on the previous step: one product over all T * B rows each.
+    d_gates = torch.stack(d_gates_of) if T else steps.c.new_zeros(0, x.shape[1], w_hh.shape[0])
+    rows = d_gates.flatten(0, 1)
+    d_b = rows.sum(dim=0)
+    d_w_hr = None
+    if w_hr is not None:
+        d_h_all = torch.stack(d_h_of) if T else steps.h
+        d_w_hr = (d_h_all.flatten(0, 1).T @ (steps.o * steps.c.tanh()).flatten(0, 1)).to(w_hr.dtype)
+    return LSTMGradients(
+        x=(d_gates @ w_ih.to(dtype)).to(x.dtype),
+        h_0=d_h.to(h_0.dtype),
+        c_0=d_c.to(c_0.dtype),
+        w_ih=(rows.T @ _zero_padding(x, valid).to(dtype).flatten(0, 1)).to(w_ih.dtype),
+        w_hh=(rows.T @ h_prev_all.flatten(0, 1)).to(w_hh.dtype),
+        b_ih=None if b_ih is None else d_b.to(b_ih.dtype),
+        b_hh=None if b_hh is None else d_b.to(b_hh.dtype),
+        w_hr=d_w_hr,
+    )
+
+
+def lstm(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (B, P)
+    c_0: Tensor,  # (B, H)
+    w_ih: Tensor,  # (4H, I)
+    w_hh: Tensor,  # (4H, P)
+    b_ih: Tensor | None = None,  # (4H,)
+    b_hh: Tensor | None = None,  # (4H,)
+    w_hr: Tensor | None = None,  # (P, H)
+    lengths: Tensor | None = None,  # (B,) integer, 0..T
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lstm_forward` with `lstm_backward` as its gradient; twice differentiable.
+
+    Returns:
+        y (T, B, P), h_n (B, P), c_n (B, H), in x's dtype.
+    """
+    return _ReferenceLSTM.apply(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+
+
+class _ReferenceLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse):
+        inputs = (x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        y, h_n, c_n, steps = lstm_forward(*inputs, lengths=lengths, reverse=reverse)
+        ctx.reverse = reverse
+        ctx.save_for_backward(*inputs, lengths, steps.i, steps.f, steps.g, steps.o, steps.c, steps.h)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n):
+        inputs, lengths, steps = ctx.saved_tensors[:8], ctx.saved_tensors[8], LSTMSteps(*ctx.saved_tensors[9:])
+        if torch.is_grad_enabled():
+            # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from the
+            # inputs, which are not.
+            steps = lstm_forward(*inputs, lengths=lengths, reverse=ctx.reverse)[-1]
+        d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps=steps, lengths=lengths, reverse=ctx.reverse)
+        return d.x, d.h_0, d.c_0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, None, None
+
+
+def _order(T: int, reverse: bool) -> range:
+    return range(T - 1, -1, -1) if reverse else range(T)
+
+
+def _valid_positions(lengths: Tensor | None, T: int) -> Tensor | None:
+    """(T, B, 1) bool: True where a row still has input."""
+    if lengths is None:
+        return None
+    return (torch.arange(T, device=lengths.device)[:, None] < lengths[None, :])[..., None]
+
+
+def _zero_padding(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x.masked_fill(~valid, 0)
+
+
+def _state_before(first: Tensor, after: Tensor, reverse: bool) -> Tensor:
+    """(T, B, N): the state before each step, from the initial state (B, N) and the states after the steps (T, B, N)."""
+    first = first.to(after.dtype)[None]
+    if after.shape[0] == 0:
+        return after
+    return torch.cat((after[1:], first)) if reverse else torch.cat((first, after[:-1]))
