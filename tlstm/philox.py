@@ -1,0 +1,165 @@
+"""Philox4x32-10, the counter-based random number generator behind sampling, and the noise that is made from it.
+
+A counter-based generator has no state to carry: the random words of a token are a pure function of the stream's seed
+and of where the token stands, so neither the other rows of a batch nor a stop and resume in between can change a draw,
+and a GPU kernel can make the same words in any order.
+
+Source: J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_SEED = 2**64 - 1
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments: golden ratio, sqrt(3) - 1
+_ROUNDS = 10
+
+# Noise is drawn for several positions at once, up to this many numbers (float32: 1 MiB), because on small
+# vocabularies the cost of the some 130 tensor operations of a draw is their dispatch, not their arithmetic.
+_CACHED_NUMBERS = 1 << 18
+_CACHED_POSITIONS = 128
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],  # four words, int64 in [0, 2**32), shapes that broadcast
+    key: tuple[Tensor, Tensor],  # two words, int64 in [0, 2**32), shapes that broadcast
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32: four random 32-bit words per counter and key, as int64 in [0, 2**32)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A 32x32-bit product may pass 2**63; int64 wraps modulo 2**64, so its bits are still the right ones.
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(
+    words: Tensor,  # any shape, int64 in [0, 2**32)
+) -> Tensor:
+    """Uniform float32 numbers in (0, 1): `((w >> 9) + 0.5) * 2**-23`. Exact: 24 bits, never 0, never 1."""
+    return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def gumbel(
+    words: Tensor,  # any shape, int64 in [0, 2**32)
+) -> Tensor:
+    """Standard Gumbel noise `-log(-log(u))` as float32, within [-2.82, 16.64].
+
+    The logarithms are taken in float64 and the result rounded once, so that the value does not depend on which
+    float32 logarithm a machine has.
+    """
+    u = uniform(words).to(torch.float64)
+    return (-torch.log(-torch.log(u))).to(torch.float32)
+
+
+def seed_words(
+    seeds: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """The Philox key of each 64-bit seed: low and high word, two int64 tensors of shape (rows,)."""
+    low = torch.tensor([seed & _MASK for seed in seeds], dtype=torch.int64, device=device)
+    high = torch.tensor([seed >> 32 for seed in seeds], dtype=torch.int64, device=device)
+    return low, high
+
+
+def token_noise(
+    key: tuple[Tensor, Tensor],  # two of (rows,), from `seed_words`
+    positions: Tensor,  # (rows,) or (rows, P) int64: tokens before the drawn one in its stream
+    return_index: Tensor,  # (rows,) int64: which of several continuations of one prompt
+    vocab_size: int,
+) -> Tensor:  # (rows, V) or (rows, P, V) float32
+    """Gumbel noise of every token id at each position.
+
+    Token `v` at position `p` takes word `v & 3` of `philox(key=seed, counter=(v >> 2, p, return_index, 0))`.
+    """
+    shape = (-1,) + (1,) * positions.ndim
+    blocks = torch.arange((vocab_size + 3) // 4, device=positions.device)
+    words = philox4x32(
+        (blocks, positions[..., None], return_index.view(shape), torch.zeros_like(blocks)),
+        (key[0].view(shape), key[1].view(shape)),
+    )
+    return gumbel(torch.stack(words, dim=-1).flatten(-2)[..., :vocab_size])
+
+
+def noise_of_tokens(
+    key: tuple[Tensor, Tensor],  # two of (rows,)
+    positions: Tensor,  # (rows,) int64
+    return_index: Tensor,  # (rows,) int64
+    token_ids: Tensor,  # (rows, K) int64
+) -> Tensor:  # (rows, K) float32
+    """The numbers `token_noise` has for these token ids, without making those of the whole vocabulary."""
+    blocks = token_ids >> 2
+    words = philox4x32(
+        (blocks, positions[:, None], return_index[:, None], torch.zeros_like(blocks)),
+        (key[0][:, None], key[1][:, None]),
+    )
+    return gumbel(torch.stack(words, dim=-1).gather(-1, (token_ids & 3)[..., None])[..., 0])
+
+
+class GumbelNoise:
+    """The noise of `rows` streams that advance together, one position a step; drawn ahead in blocks.
+
+    Args:
+        seeds: one 64-bit seed per row.
+        return_index: per row, which of several continuations of one prompt it is.
+        positions: per row, the position of the next token.
+        vocab_size: number of token ids, `V`.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        return_index: Sequence[int],
+        positions: Sequence[int],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._key = seed_words(seeds, device)
+        self._return_index = torch.tensor(return_index, dtype=torch.int64, device=device)
+        self._positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        self._block: Tensor | None = None  # (rows, P, V)
+        self._used = 0  # positions of the block already passed
+
+    def next(self) -> Tensor:
+        """Noise (rows, V) float32 of the current position of each row; moves every row one position on."""
+        if self._block is None or self._used == self._block.shape[1]:
+            self._positions, self._used = self._positions + self._used, 0
+            count = max(1, min(_CACHED_POSITIONS, _CACHED_NUMBERS // (len(self._positions) * self.vocab_size)))
+            ahead = self._positions[:, None] + torch.arange(count, device=self._positions.device)
+            self._block = token_noise(self._key, ahead, self._return_index, self.vocab_size)
+        self._used += 1
+        return self._block[:, self._used - 1]
+
+    def next_of(
+        self,
+        token_ids: Tensor,  # (rows, K) int64
+    ) -> Tensor:
+        """As `next`, but only the numbers of `token_ids`, (rows, K) float32: cheaper when K is far below V."""
+        positions = self._positions + self._used
+        self._positions, self._used, self._block = positions + 1, 0, None
+        return noise_of_tokens(self._key, positions, self._return_index, token_ids)
+
+    def select(
+        self,
+        rows: Tensor,  # (n,) int64
+    ) -> None:
+        """Keep only these rows, in this order."""
+        self._key = (self._key[0][rows], self._key[1][rows])
+        self._return_index, self._positions = self._return_index[rows], self._positions[rows]
+        if self._block is not None:
+            self._block = self._block[rows]
