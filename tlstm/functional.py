@@ -11,8 +11,8 @@ Every backend takes the same arguments and gives the same results; `explain_back
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from tlstm_kernels import reference
@@ -21,18 +21,16 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 BACKENDS = ("auto", "triton", "native", "reference")
-# What `auto` tries, fastest first.
-_AUTO_ORDER = ("triton", "native")
 
 State = tuple[Tensor, Tensor]
+Weights = list[Tensor] | tuple[Tensor, ...]
 
 
 class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-@dataclass(frozen=True)
-class LSTMOptions:
+class LSTMOptions(NamedTuple):
     """What `torch.nn.LSTM` is built with, as far as its forward pass needs it."""
 
     num_layers: int = 1
@@ -55,15 +53,15 @@ class LSTMOptions:
 def lstm(
     x: Tensor,  # (T, B, I)
     hx: State,  # h_0 (L*D, B, P), c_0 (L*D, B, H); P = proj_size or H, D directions
-    weights: Sequence[Tensor],  # flat, torch's order: for each layer and direction W_ih, W_hh[, b_ih, b_hh][, W_hr]
+    weights: Weights,  # flat, torch's order: for each layer and direction W_ih, W_hh[, b_ih, b_hh][, W_hr]
     options: LSTMOptions,
     lengths: Tensor | None = None,  # (B,) integer, 0..T
     backend: str = "auto",
 ) -> tuple[Tensor, State]:
     """Run a stacked LSTM over a padded batch, time first.
 
-    With `lengths`, each row's state is frozen after its length, so that h_n and c_n are those of its last token, and the
-    output past it is zero. A length of 0 (and T = 0, for the whole batch) passes the row's state through unchanged.
+    With `lengths`, each row's state is frozen after its length, so that h_n and c_n are those of its last token, and
+    the output past it is zero. A length of 0 (and T = 0, for the whole batch) passes the row's state through unchanged.
 
     Returns:
         y (T, B, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)).
@@ -73,7 +71,7 @@ def lstm(
         BackendUnavailableError: the backend cannot run on x's device; the message says why.
     """
     run = _RUNNERS[resolve_backend(backend, x.device)]
-    if x.shape[0] == 0:
+    if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
         width = hx[0].shape[-1] * options.num_directions
         return x.new_zeros(0, x.shape[1], width), hx
@@ -84,7 +82,7 @@ def lstm_packed(
     data: Tensor,  # (N, I) tokens of a PackedSequence
     batch_sizes: Tensor,  # (T,) int64 on the CPU, non-increasing
     hx: State,  # h_0 (L*D, B, P), c_0 (L*D, B, H), rows in the packed (sorted) order
-    weights: Sequence[Tensor],  # flat, as in `lstm`
+    weights: Weights,  # flat, as in `lstm`
     options: LSTMOptions,
     backend: str = "auto",
 ) -> tuple[Tensor, State]:
@@ -108,9 +106,9 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
         ValueError: unknown name.
         BackendUnavailableError: the named backend cannot run there; the message says why.
     """
-    check_choice("backend", name, BACKENDS)
     if name == "auto":
-        return next(candidate for candidate in _AUTO_ORDER if why_unavailable(candidate, device) is None)
+        return "triton" if why_unavailable("triton", device) is None else "native"
+    check_choice("backend", name, BACKENDS)
     reason = why_unavailable(name, device)
     if reason is not None:
         raise BackendUnavailableError(
@@ -133,7 +131,7 @@ def available_backends(device: torch.device | str = "cpu") -> list[str]:
 def why_unavailable(name: str, device: torch.device | str | None = None) -> str | None:
     """Why the backend cannot run on `device` (None: on any device at all); None where it can."""
     if name != "triton":
-        return None
+        return None  # plain torch, on every device
     if name not in _RUNNERS:
         return "this version of tlstm has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
@@ -146,41 +144,33 @@ def why_unavailable(name: str, device: torch.device | str | None = None) -> str 
 def _run_native(
     x: Tensor,  # (T, B, I)
     hx: State,
-    weights: Sequence[Tensor],
+    weights: Weights,
     options: LSTMOptions,
     lengths: Tensor | None,
 ) -> tuple[Tensor, State]:
-    T = x.shape[0]
     if lengths is None:
+        dropout, training, batch_first = options.dropout, options.training, False
         y, h_n, c_n = _VF.lstm(
-            x,
-            hx,
-            weights,
-            options.bias,
-            options.num_layers,
-            options.dropout,
-            options.training,
-            options.bidirectional,
-            False,
+            x, hx, weights, options.bias, options.num_layers, dropout, training, options.bidirectional, batch_first
         )
         return y, (h_n, c_n)
     lengths = lengths.cpu()
-    if bool((lengths == T).all()):
+    if bool((lengths == x.shape[0]).all()):
         return _run_native(x, hx, weights, options, None)
     if bool((lengths == 0).any()):
         return _run_native_with_empty_rows(x, hx, weights, options, lengths)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    sorted_hx = hx[0].index_select(1, packed.sorted_indices), hx[1].index_select(1, packed.sorted_indices)
-    data, (h_n, c_n) = _native_packed(packed.data, packed.batch_sizes, sorted_hx, weights, options)
+    hx = _reorder(hx, packed.sorted_indices)
+    data, state = _native_packed(packed.data, packed.batch_sizes, hx, weights, options)
     output = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-    y, _ = pad_packed_sequence(output, total_length=T)
-    return y, (h_n.index_select(1, packed.unsorted_indices), c_n.index_select(1, packed.unsorted_indices))
+    y, _ = pad_packed_sequence(output, total_length=x.shape[0])
+    return y, _reorder(state, packed.unsorted_indices)
 
 
 def _run_native_with_empty_rows(
     x: Tensor,  # (T, B, I)
     hx: State,
-    weights: Sequence[Tensor],
+    weights: Weights,
     options: LSTMOptions,
     lengths: Tensor,  # (B,) on the CPU, at least one of them 0
 ) -> tuple[Tensor, State]:
@@ -190,8 +180,8 @@ def _run_native_with_empty_rows(
     y = x.new_zeros(x.shape[0], x.shape[1], hx[0].shape[-1] * options.num_directions)
     if rows.numel() == 0:
         return y, hx
-    h_0, c_0 = (state.index_select(1, rows_there) for state in hx)
-    y_rows, (h_n, c_n) = _run_native(x.index_select(1, rows_there), (h_0, c_0), weights, options, lengths[rows])
+    x_rows, hx_rows = x.index_select(1, rows_there), _reorder(hx, rows_there)
+    y_rows, (h_n, c_n) = _run_native(x_rows, hx_rows, weights, options, lengths[rows])
     y = y.to(y_rows.dtype).index_copy(1, rows_there, y_rows)
     return y, (
         hx[0].to(h_n.dtype).index_copy(1, rows_there, h_n),
@@ -200,7 +190,7 @@ def _run_native_with_empty_rows(
 
 
 def _native_packed(
-    data: Tensor, batch_sizes: Tensor, hx: State, weights: Sequence[Tensor], options: LSTMOptions
+    data: Tensor, batch_sizes: Tensor, hx: State, weights: Weights, options: LSTMOptions
 ) -> tuple[Tensor, State]:
     y, h_n, c_n = _VF.lstm(
         data,
@@ -216,10 +206,14 @@ def _native_packed(
     return y, (h_n, c_n)
 
 
+def _reorder(state: State, rows: Tensor | None) -> State:
+    return state if rows is None else (state[0].index_select(1, rows), state[1].index_select(1, rows))
+
+
 def _run_reference(
     x: Tensor,  # (T, B, I)
     hx: State,
-    weights: Sequence[Tensor],
+    weights: Weights,
     options: LSTMOptions,
     lengths: Tensor | None,
 ) -> tuple[Tensor, State]:
@@ -254,5 +248,5 @@ def _run_reference(
 
 
 # A backend is one entry here: (x, hx, weights, options, lengths) -> y, (h_n, c_n).
-_Runner = Callable[[Tensor, State, Sequence[Tensor], LSTMOptions, Tensor | None], tuple[Tensor, State]]
+_Runner = Callable[[Tensor, State, Weights, LSTMOptions, Tensor | None], tuple[Tensor, State]]
 _RUNNERS: dict[str, _Runner] = {"native": _run_native, "reference": _run_reference}

@@ -29,15 +29,17 @@ from tlstm.functional import (
 class LSTM(torch.nn.LSTM):
     """A (stacked, bidirectional, projected) LSTM with the parameters, defaults and results of `torch.nn.LSTM`.
 
-    Arguments up to `dtype` are those of `torch.nn.LSTM`, with the same parameter names, initial values and `state_dict`.
+    Arguments up to `dtype` are those of `torch.nn.LSTM`, with the same parameter names, initial values and
+    `state_dict`. Copying, pickling, `torch.export`, `torch.jit.trace` and parametrizations work as there;
+    `torch.jit.script` does not.
 
     Args:
-        backend: "auto" (the fastest that can run), "native" (torch's own), "reference" (the equations, slow) or "triton".
-            Assigning to the attribute `backend` changes it later.
+        backend: "auto" (the fastest that can run), "native" (torch's own), "reference" (the equations, slow) or
+            "triton". Assigning to the attribute `backend` changes it later.
         weight_dropout: probability with which, in training mode, each forward pass drops single entries of every
-            `weight_hh` (DropConnect; Merity, Keskar & Socher 2017), scaling the rest by 1 / (1 - weight_dropout). One mask
-            holds for all time steps of the call. On a GPU the native backend then copies the weights into one buffer
-            at each call.
+            `weight_hh` (DropConnect; Merity, Keskar & Socher 2017), scaling the rest by 1 / (1 - weight_dropout). One
+            mask holds for all time steps of the call. On a GPU the native backend then copies the weights into one
+            buffer at each call.
 
     Raises:
         ValueError: a wrong argument, with what was expected, what came and the remedy (TypeError where torch.nn.LSTM
@@ -103,9 +105,9 @@ class LSTM(torch.nn.LSTM):
         Args:
             input: the batch, in the layer's dtype (any floating dtype under autocast).
             hx: initial state; zeros if None.
-            lengths: for a padded batch, how many steps of each row count: the state is frozen after them and the output
-                past them is zero, as with a PackedSequence, but rows may be empty (their state passes through unchanged)
-                and in any order. On the native backend a CPU tensor avoids a synchronisation with the GPU.
+            lengths: for a padded batch, how many steps of each row count: the state is frozen after them and the
+                output past them is zero, as with a PackedSequence, but rows may be empty (their state passes through
+                unchanged) and in any order. A tensor on the CPU avoids a synchronisation with the GPU.
 
         An empty sequence (T = 0), which torch.nn.LSTM refuses, gives an empty output and the unchanged state.
 
@@ -113,53 +115,50 @@ class LSTM(torch.nn.LSTM):
             output in the input's form, of width D*P, and (h_n, c_n) shaped like hx.
         """
         self._update_flat_weights()
-        weight = self._flat_weights[0]
+        weights = self._weights()
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ArgumentError(
                     "lengths: a PackedSequence has its own; expected None. Pass a padded tensor instead."
                 )
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, weights)
 
-        check_input(input, (2, 3), self.input_size, weight)
+        check_input(input, (2, 3), self.input_size, weights[0])
         batched = input.dim() == 3
         if not batched:
             if lengths is not None:
                 raise ArgumentError(
-                    f"lengths: expected None for an unbatched input, shape {tuple(input.shape)}. Cut the input instead, or "
-                    "add a batch dimension."
+                    f"lengths: expected None for an unbatched input; received lengths and an input of shape "
+                    f"{tuple(input.shape)}. Cut the input instead, or add a batch dimension."
                 )
             x = input.unsqueeze(1)
         else:
             x = input.transpose(0, 1) if self.batch_first else input
-        T, B = x.shape[:2]
+        B = x.size(1)
         if lengths is not None:
-            check_lengths(lengths, B, T)
+            check_lengths(lengths, B, x.size(0))
 
         if hx is None:
             state = self._zero_state(x, B)
         else:
-            check_state(hx, *self._state_shapes(B if batched else None), weight)
+            check_state(hx, *self._state_shapes(B if batched else None), weights[0])
             state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        y, (h_n, c_n) = lstm(x, state, self._weights(), self._options(), lengths, self._backend)
+        y, (h_n, c_n) = lstm(x, state, weights, self._options(), lengths, self._backend)
         if not batched:
             return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
 
     def _forward_packed(
-        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None
+        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        weight = self._flat_weights[0]
-        check_input(packed.data, (2,), self.input_size, weight)
+        check_input(packed.data, (2,), self.input_size, weights[0])
         B = int(packed.batch_sizes[0])
         if hx is None:
             state = self._zero_state(packed.data, B)
         else:
-            check_state(hx, *self._state_shapes(B), weight)
+            check_state(hx, *self._state_shapes(B), weights[0])
             state = self.permute_hidden((hx[0], hx[1]), packed.sorted_indices)
-        data, state = lstm_packed(
-            packed.data, packed.batch_sizes, state, self._weights(), self._options(), self._backend
-        )
+        data, state = lstm_packed(packed.data, packed.batch_sizes, state, weights, self._options(), self._backend)
         output = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
         return output, self.permute_hidden(state, packed.unsorted_indices)
 

@@ -5,7 +5,17 @@ Needs torch only and imports nothing of `tlstm`.
 
 from __future__ import annotations
 
+from .article import ArticleWeights, article_forward
 from .checks import ArgumentError
 from .reference import LSTMGradients, LSTMSteps, lstm, lstm_backward, lstm_forward
 
-__all__ = ["ArgumentError", "LSTMGradients", "LSTMSteps", "lstm", "lstm_backward", "lstm_forward"]
+__all__ = [
+    "ArgumentError",
+    "ArticleWeights",
+    "LSTMGradients",
+    "LSTMSteps",
+    "article_forward",
+    "lstm",
+    "lstm_backward",
+    "lstm_forward",
+]

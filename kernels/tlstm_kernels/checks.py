@@ -63,20 +63,10 @@ def check_state(
     weight: Tensor,
 ) -> None:
     """Check an initial state's kind, shapes, dtype and device."""
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise ArgumentError(f"hx: expected a tuple of two tensors (h_0, c_0); received {_describe(hx)}.")
-    for name, state, expected in (("h_0", hx[0], expected_h), ("c_0", hx[1], expected_c)):
-        if state.dim() != len(expected):
-            raise ArgumentError(
-                f"{name}: expected {len(expected)}-D, shape {expected}, for this input; received {state.dim()}-D, shape "
-                f"{tuple(state.shape)}. A batched input takes (layers * directions, batch, size), also with batch_first; "
-                "an unbatched one (layers * directions, size)."
-            )
-        if tuple(state.shape) != expected:
-            raise ArgumentError(
-                f"{name}: expected shape {expected} (layers * directions, batch, size); received {tuple(state.shape)}."
-            )
-        _check_same_kind(name, state, weight)
+    _check_one_state("h_0", hx[0], expected_h, weight)
+    _check_one_state("c_0", hx[1], expected_c, weight)
 
 
 def check_lengths(
@@ -106,6 +96,19 @@ def check_lengths(
             f"lengths: expected values from 0 to {max_length}, the padded length of this input; "
             f"received values from {low} to {high}."
         )
+
+
+def _check_one_state(name: str, state: Any, expected: tuple[int, ...], weight: Tensor) -> None:
+    if not isinstance(state, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor of shape {expected}; received {_describe(state)}.")
+    if state.shape != expected:
+        batched = len(expected) == 3
+        raise ArgumentError(
+            f"{name}: expected shape {expected}, (layers * directions, {'batch, ' if batched else ''}size), for this "
+            f"{'batched' if batched else 'unbatched'} input; received {tuple(state.shape)}. "
+            "The order of the state's dimensions is the same with batch_first."
+        )
+    _check_same_kind(name, state, weight)
 
 
 def _check_same_kind(name: str, tensor: Tensor, weight: Tensor) -> None:

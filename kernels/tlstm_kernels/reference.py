@@ -1,8 +1,8 @@
 """The LSTM equations in plain torch: forward, hand-written backward, and the differentiable function over the two.
 
-This is what every kernel is compared with, and the layer's `reference` backend. One layer, one direction. Dims: B batch,
-T time, I input, H hidden units, P width of h (the projection's size, or H). Gates are stacked in `torch.nn.LSTM` order
-i, f, g, o:
+This is what every kernel is compared with, and the layer's `reference` backend. One layer, one direction. Dims: B
+batch, T time, I input, H hidden units, P width of h (the projection's size, or H). Gates are stacked in `torch.nn.LSTM`
+order i, f, g, o:
 
     [i f g o]_t = act( x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh )      act: sigmoid, sigmoid, tanh, sigmoid
     c_t = f_t * c_{t-1} + i_t * g_t
@@ -10,8 +10,8 @@ i, f, g, o:
     h_t = m_t, or m_t W_hr^T with a recurrent projection
 
 (Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000; projection Sak et al. 2014.) float32 and float64 are
-computed in their own dtype. In float16 and bfloat16 the gates, the cell state and every sum are float32 and only h, which
-the next step and the next layer read, is rounded to the storage dtype.
+computed in their own dtype. In float16 and bfloat16 the gates, the cell state and every sum are float32 and only h,
+which the next step and the next layer read, is rounded to the storage dtype.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 class LSTMSteps:
     """Everything a layer computed, step by step, in the computation dtype (float32 for half types).
 
-    At positions past a sequence's length `h` and `c` hold the frozen state, and the gates are those of a zero input: they
-    are computed but not used. Positions are those of the input also where the sequence is read in reverse.
+    At positions past a sequence's length `h` and `c` hold the frozen state, and the gates are those of a zero input,
+    computed but not used. Positions are those of the input, also where the sequence is read in reverse.
     """
 
     i: Tensor  # (T, B, H) input gate, after the sigmoid
@@ -53,7 +53,7 @@ class LSTMGradients:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of gates, cell state and sums for a layer stored in `dtype`: float32 for half types, else `dtype` itself."""
+    """Dtype of gates, cell state and sums for a layer stored in `dtype`: float32 for half types, else itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -71,8 +71,8 @@ def lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, LSTMSteps]:
     """Run one layer in one direction; differentiable by autograd, op by op.
 
-    `lengths` freezes each row's state past its length and makes the output zero there; what `x` holds there is never read.
-    With `reverse` a row is read from its last valid position to its first. T = 0 returns the initial state.
+    `lengths` freezes each row's state past its length and makes the output zero there; what `x` holds there is never
+    read. With `reverse` a row is read from its last valid position to its first. T = 0 returns the initial state.
 
     Returns:
         y (T, B, P), h_n (B, P), c_n (B, H), all in x's dtype, and the `LSTMSteps`.
@@ -108,7 +108,7 @@ def lstm_forward(
     gates = torch.stack(gates_of) if T else x_proj.new_zeros(0, B, 4 * H)
     cells = torch.stack(c_of) if T else c.new_zeros(0, B, H)
     hidden = torch.stack(h_of) if T else h.new_zeros(0, B, h_0.shape[-1])
-    steps = LSTMSteps(*gates.chunk(4, dim=-1), c=cells, h=hidden)
+    steps = LSTMSteps(*gates.chunk(4, dim=-1), cells, hidden)
     y = _zero_padding(hidden, valid).to(x.dtype)
     return y, h.to(x.dtype), c.to(x.dtype), steps
 
@@ -136,9 +136,8 @@ def lstm_backward(
     T = x.shape[0]
     dtype = compute_dtype(x.dtype)
     valid = _valid_positions(lengths, T)
-    # The state that each step started from, in the order in which the steps ran.
-    before = _state_before(h_0, steps.h, reverse), _state_before(c_0, steps.c, reverse)
-    h_prev_all, c_prev_all = before  # (T, B, P), (T, B, H)
+    h_prev_all = _state_before(h_0, steps.h, reverse)  # (T, B, P)
+    c_prev_all = _state_before(c_0, steps.c, reverse)  # (T, B, H)
     w_hh_, w_hr_ = w_hh.to(dtype), None if w_hr is None else w_hr.to(dtype)
 
     d_h, d_c = d_h_n.to(dtype), d_c_n.to(dtype)
@@ -212,7 +211,7 @@ class _ReferenceLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse):
         inputs = (x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        y, h_n, c_n, steps = lstm_forward(*inputs, lengths=lengths, reverse=reverse)
+        y, h_n, c_n, steps = lstm_forward(*inputs, lengths, reverse)
         ctx.reverse = reverse
         ctx.save_for_backward(*inputs, lengths, steps.i, steps.f, steps.g, steps.o, steps.c, steps.h)
         return y, h_n, c_n
@@ -221,10 +220,10 @@ class _ReferenceLSTM(torch.autograd.Function):
     def backward(ctx, d_y, d_h_n, d_c_n):
         inputs, lengths, steps = ctx.saved_tensors[:8], ctx.saved_tensors[8], LSTMSteps(*ctx.saved_tensors[9:])
         if torch.is_grad_enabled():
-            # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from the
-            # inputs, which are not.
-            steps = lstm_forward(*inputs, lengths=lengths, reverse=ctx.reverse)[-1]
-        d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps=steps, lengths=lengths, reverse=ctx.reverse)
+            # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from
+            # the inputs, which are not.
+            steps = lstm_forward(*inputs, lengths, ctx.reverse)[-1]
+        d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps, lengths, ctx.reverse)
         return d.x, d.h_0, d.c_0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, None, None
 
 
