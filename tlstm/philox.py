@@ -25,6 +25,7 @@ _ROUNDS = 10
 # vocabularies the cost of the some 130 tensor operations of a draw is their dispatch, not their arithmetic.
 _CACHED_NUMBERS = 1 << 18
 _CACHED_POSITIONS = 128
+_WORKING_SET = 1 << 20
 
 
 def philox4x32(
@@ -86,6 +87,13 @@ def token_noise(
 
     Token `v` at position `p` takes word `v & 3` of `philox(key=seed, counter=(v >> 2, p, return_index, 0))`.
     """
+    rows = len(positions)
+    if rows > 1 and rows * vocab_size > _WORKING_SET:  # row by row, the intermediate words stay in the cache
+        per_row = ((key[0][i : i + 1], key[1][i : i + 1]) for i in range(rows))
+        parts = [
+            token_noise(k, positions[i : i + 1], return_index[i : i + 1], vocab_size) for i, k in enumerate(per_row)
+        ]
+        return torch.cat(parts)
     shape = (-1,) + (1,) * positions.ndim
     blocks = torch.arange((vocab_size + 3) // 4, device=positions.device)
     words = philox4x32(
