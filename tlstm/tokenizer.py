@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,8 +180,7 @@ class Tokenizer:
         `add_special_tokens` matters only for a loaded tokenizer whose file says to frame the text; those made here
         never add anything.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"expected a text (str), received {type(text).__name__}; for several call the tokenizer")
+        self._check_text(text)
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises bare `Exception`s; the cause is found in the text
@@ -193,14 +191,19 @@ class Tokenizer:
 
         `uint16` for a vocabulary of up to 65,536 ids, otherwise `uint32`.
         """
+        self._check_text(text)
         try:
             return self._bulk.encode(text)
-        except (UnknownCharacters, UnicodeEncodeError) as error:
+        except (UnknownCharacters, UnicodeEncodeError, TypeError) as error:  # TypeError: the library's for bad Unicode
             raise self._refusal(text, error) from error
 
     @cached_property
     def _bulk(self) -> BulkEncoder:
         return BulkEncoder(self.backend, self.unk_token_id)
+
+    def _check_text(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"expected a text (str), received {type(text).__name__}; for several call the tokenizer")
 
     def _refusal(self, text: str, error: Exception) -> ValueError:
         """The error that names the characters, where characters are the reason."""
@@ -271,8 +274,8 @@ class Tokenizer:
     ) -> Tokenizer:
         """From a folder, or from a Hub repo (both files of one commit).
 
-        A missing file is a `FileNotFoundError`, a damaged one a `ValueError`, each naming the file; errors of the Hub
-        (repo or revision not found, gated) are those of `huggingface_hub`.
+        A missing file is a `FileNotFoundError`, a damaged one a `CheckpointError` (a `ValueError`), each naming the
+        file; errors of the Hub (repo or revision not found, gated) are those of `huggingface_hub`.
         """
         folder = tokenizer_files.find_folder(
             path_or_repo,
@@ -290,5 +293,5 @@ class Tokenizer:
         return {TOKENIZER_FILE: (self.backend.to_str(pretty=True) + "\n").encode(), CONFIG_FILE: config.encode()}
 
     def save_pretrained(self, save_directory: PathLike) -> None:
-        """Writes the files, each replaced whole; other files in the folder are left alone."""
-        tokenizer_files.write(Path(save_directory), self.files())
+        """Replaces the two files as one set, safe against a crash; other files in the folder are left alone."""
+        tokenizer_files.write(save_directory, self.files())

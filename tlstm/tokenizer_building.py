@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -83,19 +83,15 @@ def add_special_tokens(backend: tokenizers.Tokenizer, special_tokens: Sequence[s
 def recognise(backend: tokenizers.Tokenizer) -> TokenizerKind:
     """`char` and `byte` promise that ids can be looked up symbol by symbol; any other BPE is `bpe`."""
     description = json.loads(backend.to_str())
-    model, added = description["model"], description["added_tokens"]
-    plain = not description["normalizer"] and not description["post_processor"]
-    plain = plain and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
+    model, words = description["model"], description["pre_tokenizer"] or {}
     if model["type"] == "WordLevel":
-        isolates = (description["pre_tokenizer"] or {}).get("pattern") == {"Regex": _ONE_CHARACTER}
-        symbols = model["vocab"].keys() - {token["content"] for token in added}
-        return "char" if plain and isolates and all(len(symbol) == 1 for symbol in symbols) else "other"
+        symbols = model["vocab"].keys() - {token["content"] for token in description["added_tokens"]}
+        one_each = words.get("pattern") == {"Regex": _ONE_CHARACTER} and all(len(symbol) == 1 for symbol in symbols)
+        return "char" if one_each and _takes_text_as_it_is(description) else "other"
     if model["type"] != "BPE":
         return "other"
-    one_byte_each = not model["merges"] and {k: v for k, v in model["vocab"].items() if v < 256} == _byte_vocabulary()
-    splits = (description["pre_tokenizer"] or {}).get("type") == "ByteLevel"
-    without_prefix = splits and not description["pre_tokenizer"]["add_prefix_space"]
-    return "byte" if plain and one_byte_each and without_prefix else "bpe"
+    one_each = not model["merges"] and {k: v for k, v in model["vocab"].items() if v < 256} == _byte_vocabulary()
+    return "byte" if one_each and _splits_as_gpt2(words) and _takes_text_as_it_is(description) else "bpe"
 
 
 def cuts_at_line_ends(backend: tokenizers.Tokenizer) -> bool:
@@ -106,16 +102,17 @@ def cuts_at_line_ends(backend: tokenizers.Tokenizer) -> bool:
     """
     description = json.loads(backend.to_str())
     words = description["pre_tokenizer"] or {}
-    plain = not description["normalizer"] and not description["post_processor"]
-    tokens = [token["content"] for token in description["added_tokens"]]
-    return (
-        plain
-        and words.get("type") == "ByteLevel"
-        and words["use_regex"]
-        and not words["add_prefix_space"]
-        and not any(character.isspace() for token in tokens for character in token)
-        and not any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in description["added_tokens"])
-    )
+    spaces = any(character.isspace() for token in description["added_tokens"] for character in token["content"])
+    return _splits_as_gpt2(words) and words["use_regex"] and _takes_text_as_it_is(description) and not spaces
+
+
+def _splits_as_gpt2(words: dict[str, Any]) -> bool:
+    return words.get("type") == "ByteLevel" and not words["add_prefix_space"]
+
+
+def _takes_text_as_it_is(description: dict[str, Any]) -> bool:
+    strips = (token["lstrip"] or token["rstrip"] or token["single_word"] for token in description["added_tokens"])
+    return not description["normalizer"] and not any(strips)
 
 
 def split_at_line_ends(texts: Iterable[str], block: int = _BLOCK) -> Iterator[str]:

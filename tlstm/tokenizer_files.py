@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from tlstm.folder_swap import replace_files
+from tlstm.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, read_consistently
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -29,9 +32,10 @@ def find_folder(
     if path.is_dir():
         return path / subfolder
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
+        raise CheckpointNotFoundError(
+            errno.ENOENT,
             f"expected a folder with {TOKENIZER_FILE}, or a Hub repo id like 'user/model', received {name!r}; "
-            f"{'that is a file: pass its folder' if path.exists() else 'no such folder: check the path'}"
+            f"{'that is a file: pass its folder' if path.exists() else 'no such folder: check the path'}",
         )
     from huggingface_hub import snapshot_download  # slow to import, and needed only for repos
 
@@ -48,64 +52,46 @@ def find_folder(
 
 
 def read(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer and its config (empty where the folder has none)."""
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {TOKENIZER_FILE} in {os.fspath(folder)!r}; save one there with Tokenizer.save_pretrained"
-        )
-    text = _read_text(path)
+    """The tokenizer and its config (empty where the folder has none), both of the same save."""
+    return read_consistently(folder, _read)
+
+
+def write(folder: str | os.PathLike[str], files: dict[str, bytes]) -> None:
+    """Replaces the files as one set; whoever reads meanwhile, or after a crash, finds the old set or the new one."""
+    replace_files(folder, files)
+
+
+def _read(view: FolderView) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    path = view.folder / TOKENIZER_FILE
+    if view.path(TOKENIZER_FILE) is None:
+        message = f"no {TOKENIZER_FILE} in {os.fspath(view.folder)!r}; save one there with Tokenizer.save_pretrained"
+        raise CheckpointNotFoundError(errno.ENOENT, message)
+    text = _text(path, view.read_bytes(TOKENIZER_FILE))
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare `Exception`s for everything it cannot read
-        raise ValueError(f"{_damaged(path)} ({error})") from error
-    config_path = folder / CONFIG_FILE
-    if not config_path.is_file():
+        raise CheckpointError(f"{_damaged(path)} ({error})") from error
+    path = view.folder / CONFIG_FILE
+    if view.path(CONFIG_FILE) is None:
         return backend, {}
     try:
-        config = json.loads(_read_text(config_path))
+        config = json.loads(_text(path, view.read_bytes(CONFIG_FILE)))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{_damaged(config_path)} ({error})") from error
+        raise CheckpointError(f"{_damaged(path)} ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{_damaged(config_path)} (expected a JSON object, received {type(config).__name__})")
+        raise CheckpointError(f"{_damaged(path)} (expected a JSON object, received {type(config).__name__})")
     return backend, config
 
 
-def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Replaces each file whole: written beside it, flushed to disk, then renamed over it."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"expected a folder to save to, received the file {os.fspath(folder)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                os.fchmod(stream.fileno(), 0o666 & ~_umask())  # mkstemp's files are private
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, folder / name)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
+def _text(path: Path, content: bytes) -> str:
     if content.startswith(b"version https://git-lfs"):
-        raise ValueError(
+        raise CheckpointError(
             f"{os.fspath(path)!r} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository"
         )
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{_damaged(path)} ({error})") from error
+        raise CheckpointError(f"{_damaged(path)} ({error})") from error
 
 
 def _damaged(path: Path) -> str:
