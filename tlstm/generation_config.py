@@ -218,6 +218,8 @@ class GenerationConfig:
         if self.seed is not None:
             for seed in self.seed if isinstance(self.seed, list) else [self.seed]:
                 _check_int("seed", seed, 0, MAX_SEED)
+        if self.stop_strings is not None and not isinstance(self.stop_strings, str | list):
+            raise ValueError(f"stop_strings: expected a text or a list of texts, got {self.stop_strings!r}")
         for text in self.stop_texts:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop_strings: expected texts of at least one character, got {text!r}")
