@@ -1,0 +1,179 @@
+"""Trainer checkpoints: one folder per step, whole or not there at all; safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tlstm.training.distributed import World
+
+FORMAT = "tlstm-training-1"
+VALUES_NAME = "trainer.json"
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds: groups of named tensors (one file each) and plain JSON values."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, or will be."""
+    return folder / f"step-{step:08d}"
+
+
+def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
+    """Write `folder/step-<step>`, atomically: everything is on disk under a hidden name before it gets its own.
+
+    A process killed at any point leaves the earlier checkpoints untouched, and at most a hidden folder that the next
+    `prune` removes.
+    """
+    target = checkpoint_path(folder, step)
+    staged = folder / f".staged-{step:08d}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    for group, tensors in checkpoint.tensors.items():
+        own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(own, staged / f"{group}.safetensors", metadata={"format": "pt"})
+    values = {"format": FORMAT, "step": step, "groups": sorted(checkpoint.tensors)} | checkpoint.values
+    (staged / VALUES_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for path in [*staged.iterdir(), staged]:
+        _sync(path)
+    if target.exists():  # the same step again, after resuming from an earlier one
+        replaced = folder / f".replaced-{step:08d}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
+    os.replace(staged, target)
+    _sync(folder)
+    return target
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder onto the CPU.
+
+    Raises:
+        FileNotFoundError: no checkpoint there. ValueError: a damaged file, or a folder of another kind; names it.
+    """
+    values_file = path / VALUES_NAME
+    if not values_file.is_file():
+        raise FileNotFoundError(f"{path}: expected a training checkpoint with {VALUES_NAME}, found none")
+    try:
+        values = json.loads(values_file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{values_file}: not valid JSON ({error}); resume from an earlier checkpoint") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{values_file}: expected a checkpoint of format {FORMAT!r}; another version wrote this one")
+    tensors = {}
+    for group in values["groups"]:
+        file = path / f"{group}.safetensors"
+        try:
+            tensors[group] = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged or missing ({error}); resume from an earlier checkpoint") from None
+    return Checkpoint(tensors, values)
+
+
+def prune(folder: Path, keep_last: int, keep_steps: set[int]) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those of `keep_steps`, and leftovers of killed saves."""
+    checkpoints = list_checkpoints(folder)
+    for path in checkpoints[:-keep_last]:
+        if int(path.name.removeprefix("step-")) not in keep_steps:
+            # Renamed first: a checkpoint that is being removed must not look like a whole one.
+            doomed = path.with_name(f".removed-{path.name}")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+    for pattern in (".staged-*", ".replaced-*", ".removed-*"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+# ---- the parts of a checkpoint ---------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state under flat names, `<parameter index>.<key>`."""
+    state = optimizer.state_dict()["state"]
+    flat = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; hyper-parameters stay as the optimiser was made."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def fill_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors into the model's parameters in place; all names and shapes must agree."""
+    parameters = dict(model.named_parameters())
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != got:
+        different = sorted(set(expected.items()) ^ set(got.items()))
+        raise ValueError(f"{path}: the checkpoint is of another model; they differ in {different[:6]}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    """The state of every random generator of this process, as tensors of fixed shapes."""
+    _, words, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    tensors = {
+        "rng.torch": torch.get_rng_state(),
+        "rng.numpy": torch.tensor([*(int(word) for word in words), position, has_gauss], dtype=torch.int64),
+        "rng.numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+        "rng.python": torch.tensor([version, *internal], dtype=torch.int64),
+        "rng.python_gauss": torch.tensor(float("nan") if gauss_next is None else gauss_next, dtype=torch.float64),
+    }
+    if world.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(world.device)
+    return tensors
+
+
+def set_random_state(tensors: dict[str, Tensor], world: World) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(tensors["rng.torch"])
+    *words, position, has_gauss = tensors["rng.numpy"].tolist()
+    gauss = tensors["rng.numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(words, np.uint32), position, has_gauss, gauss))
+    version, *internal = tensors["rng.python"].tolist()
+    python_gauss = tensors["rng.python_gauss"].item()
+    random.setstate((version, tuple(internal), None if python_gauss != python_gauss else python_gauss))
+    if world.device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], world.device)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

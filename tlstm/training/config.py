@@ -1,0 +1,171 @@
+"""`TrainingConfig`: every choice of a training run, checked when it is made and stored beside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "step", "plateau")
+AUTOCAST = (None, "bf16", "fp16")
+SAVE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+EXPORTS = ("last", "best")
+
+
+@dataclass
+class TrainingConfig:
+    """What `Trainer` does. Every field is checked on construction; `ValueError` names the field.
+
+    Data:
+        data: text file, or folder of `*.txt` files, to train on; not needed where token ids are given to `Trainer`.
+        valid_data: the same for validation; `None` splits off the last `valid_fraction` of `data`.
+        valid_fraction: in [0, 1); 0 means no validation.
+    Batches (stateful truncated back-propagation through time):
+        batch_size: parallel streams, over all processes together.
+        window: tokens between two truncations of the gradient, `T`.
+        random_window: draw each window's length around `window` and scale the learning rate with it (Merity et al.
+            2017, section 5): 95 % of the time N(window, 5), else N(window / 2, 5).
+        gradient_accumulation: a batch is run in this many parts, whose gradients add up; same result, less memory.
+        epochs: passes over the data, may be a fraction. max_steps: stop after so many steps instead.
+    Optimisation:
+        optimizer: `"adamw"` (`betas`, `eps`) or `"sgd"` (`momentum`).
+        weight_decay: applied to matrices only, never to biases; decoupled in AdamW, an L2 gradient in SGD.
+        lr: peak learning rate, reached after `warmup_steps` of linear warm-up.
+        schedule: `"cosine"` or `"linear"` fall to `min_lr_ratio * lr` at the last step; `"constant"`; `"step"`
+            multiplies by `decay_factor` at the start of every epoch after the first `decay_after` (Zaremba et al.
+            2014); `"plateau"` multiplies by `decay_factor` after `patience` evaluations without a new best.
+        clip_norm: largest norm of the whole gradient; 0 turns clipping off.
+        autocast: `"bf16"`, `"fp16"` (CUDA only, with loss scaling) or `None`; weights and optimiser stay as they are.
+        ema_decay: exponential moving average of the weights, 0 for none; the decay warms up as
+            `min(ema_decay, (step + 1) / (step + 10))`. Evaluation, samples and the exported model use the average.
+    Reports, in steps; 0 means once an epoch for `eval_every` and `save_every`, and never for `sample_every`:
+        eval_every, save_every, sample_every, log_every.
+        eval_window: tokens per forward pass in evaluation. eval_streams: parallel streams of the evaluations during
+            training (each starts with an empty state: a little pessimistic, much faster); the final one uses one.
+        keep_last: checkpoints kept; the one with the best validation loss is kept as well.
+        export: `"last"` or `"best"`: whose weights the finished run writes to `model/`.
+        sample_prompt, sample_tokens: what to continue, and for how long.
+        save_dtype: storage dtype of the exported weights; the final figures are measured on the weights as stored.
+        tensorboard: also write TensorBoard events (`train` extra). plot: write the loss curve (`plot` extra).
+    Machine:
+        seed: of initial draws, dropout and offsets. threads: CPU threads of torch, 0 leaves them as they are.
+    """
+
+    data: str | None = None
+    valid_data: str | None = None
+    valid_fraction: float = 0.1
+    batch_size: int = 64
+    window: int = 128
+    random_window: bool = False
+    gradient_accumulation: int = 1
+    epochs: float = 10.0
+    max_steps: int | None = None
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.03
+    decay_factor: float = 0.5
+    decay_after: int = 4
+    patience: int = 2
+    clip_norm: float = 1.0
+    autocast: str | None = None
+    ema_decay: float = 0.0
+    eval_every: int = 0
+    eval_window: int = 256
+    eval_streams: int = 16
+    save_every: int = 0
+    keep_last: int = 2
+    export: str = "last"
+    sample_every: int = 0
+    sample_prompt: str = "\n"
+    sample_tokens: int = 200
+    log_every: int = 20
+    save_dtype: str = "float32"
+    tensorboard: bool = False
+    plot: bool = True
+    seed: int = 1
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "window", "gradient_accumulation", "patience", "eval_window", "eval_streams"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("keep_last", "log_every", "sample_tokens"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "decay_after", "eval_every", "save_every", "sample_every", "seed", "threads"):
+            _check_int(name, getattr(self, name), 0)
+        if self.max_steps is not None:
+            _check_int("max_steps", self.max_steps, 1)
+        for name in ("random_window", "tensorboard", "plot"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        _check_number("epochs", self.epochs, 0.0, math.inf, low_open=True)
+        _check_number("lr", self.lr, 0.0, math.inf, low_open=True)
+        _check_number("eps", self.eps, 0.0, math.inf, low_open=True)
+        _check_number("valid_fraction", self.valid_fraction, 0.0, 1.0)
+        _check_number("ema_decay", self.ema_decay, 0.0, 1.0)
+        _check_number("momentum", self.momentum, 0.0, 1.0)
+        _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
+        _check_number("clip_norm", self.clip_norm, 0.0, math.inf)
+        _check_number("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0, high_closed=True)
+        _check_number("decay_factor", self.decay_factor, 0.0, 1.0, low_open=True)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            _check_number("betas", beta, 0.0, 1.0)
+        self.betas = (float(self.betas[0]), float(self.betas[1]))
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("autocast", self.autocast, AUTOCAST)
+        _check_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
+        _check_choice("export", self.export, EXPORTS)
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"gradient_accumulation: expected a divisor of batch_size {self.batch_size}, "
+                f"got {self.gradient_accumulation}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str = "the training configuration") -> TrainingConfig:
+        """Build a config from JSON values; an unknown key is an error, because it would silently do nothing."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{source}: unknown settings {unknown}; known are {sorted(known)}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}: expected a whole number of at least {low}, got {value!r}")
+
+
+def _check_number(
+    name: str, value: object, low: float, high: float, *, low_open: bool = False, high_closed: bool = False
+) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (low_open and value == low) or (not high_closed and value == high):  # type: ignore[operator]
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high_closed else ')'}"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -1,0 +1,158 @@
+"""A trainer's whole state to a checkpoint and back: what makes a resumed run equal an uninterrupted one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tlstm.state import LSTMState
+from tlstm.training import checkpoint as files
+from tlstm.training.progress import Progress
+
+if TYPE_CHECKING:
+    from tlstm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "training_config.json"
+# These decide what is reported and kept, not what is computed, so they may change when a run is resumed. `data` and
+# `valid_data` are paths: what counts is the content, which is compared by its hash.
+_FREE = {
+    "data", "valid_data", "keep_last", "save_every", "sample_every", "sample_prompt", "sample_tokens", "log_every",
+    "save_dtype", "export", "tensorboard", "plot", "threads",
+}  # fmt: skip
+# Where the learning rate does not depend on the length of the run, a run may be lengthened.
+_LENGTH = {"epochs", "max_steps"}
+_OPEN_ENDED = ("constant", "step", "plateau")
+
+
+def begin(trainer: Trainer, resume: bool | str | os.PathLike[str]) -> None:
+    """Start a new run in `out_dir`, or put the trainer where a checkpoint left off."""
+    folder = trainer.checkpoint_dir
+    existing = files.list_checkpoints(folder)
+    trainer.world.barrier()  # every process has looked before one of them writes
+    if resume is False:
+        if existing:
+            raise ValueError(
+                f"{trainer.out_dir}: holds a run already, up to {existing[-1].name}; resume it (resume=True, or "
+                "--resume), or choose another output folder"
+            )
+        torch.manual_seed(trainer.config.seed + trainer.world.rank)
+        if trainer.world.is_main:
+            trainer.log.start()
+    else:
+        if resume is True and not existing:
+            raise FileNotFoundError(f"{folder}: no checkpoint to resume from; start without resume")
+        path = existing[-1] if resume is True else Path(resume)
+        restore(trainer, path)
+        logger.info("resumed from %s at step %d", path, trainer.progress.step)
+    if trainer.world.is_main:
+        (trainer.out_dir / CONFIG_NAME).write_text(trainer.config.to_json(), encoding="utf-8")
+
+
+def save(trainer: Trainer) -> Path:
+    """Write a checkpoint of the current step; all processes take part, process 0 writes. Does nothing the second time.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder, step = trainer.checkpoint_dir, trainer.progress.step
+    path = files.checkpoint_path(folder, step)
+    if trainer.saved_step == step:
+        return path
+    own = files.random_state(trainer.world)
+    for part, state in enumerate(trainer.states):
+        own |= {f"state.{part}.{name}": tensor for name, tensor in state.tensors().items()}
+    own["sums"] = trainer.sums
+    per_process = trainer.world.gather(own)
+    trainer.saved_step = step
+    if not trainer.world.is_main:
+        return path
+    groups: dict[str, dict[str, Tensor]] = {
+        "model": dict(trainer.model.named_parameters()),
+        "optimizer": files.optimizer_tensors(trainer.optimizer),
+        "processes": per_process,
+    }
+    if trainer.average is not None:
+        groups["average"] = trainer.average.tensors
+    values = {
+        "config": trainer.config.to_dict(),
+        "model_config": trainer.model.config.to_dict(),
+        "data": trainer.fingerprint,
+        "world_size": trainer.world.size,
+        "total_steps": trainer.total_steps,
+        "progress": trainer.progress.to_dict(),
+        "batches": trainer.batches.state_dict(),
+        "parts": len(trainer.states),
+        "plateau": trainer.plateau.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "log": trainer.log.position(),
+    }
+    files.write_checkpoint(folder, step, files.Checkpoint(groups, values))
+    keep = set() if trainer.progress.best_step is None else {trainer.progress.best_step}
+    files.prune(folder, trainer.config.keep_last, keep)
+    return path
+
+
+def restore(trainer: Trainer, path: Path) -> None:
+    """Put the trainer exactly where the checkpoint at `path` was written.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint, a damaged one, or one of another configuration, model, data set
+            or number of processes; the message lists what differs.
+    """
+    checkpoint = files.read_checkpoint(path)
+    values, tensors = checkpoint.values, checkpoint.tensors
+    _check_same_run(trainer, values, path)
+    files.fill_parameters(trainer.model, tensors["model"], path)
+    files.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
+    if trainer.average is not None:
+        for name, average in trainer.average.tensors.items():
+            average.copy_(tensors["average"][name])
+    own = {name: stacked[trainer.world.rank] for name, stacked in tensors["processes"].items()}
+    trainer.states = [_state(own, part, trainer.world.device) for part in range(values["parts"])]
+    trainer.sums.copy_(own["sums"])
+    trainer.progress = Progress(**values["progress"])
+    trainer.batches.load_state_dict(values["batches"])
+    trainer.plateau.load_state_dict(values["plateau"])
+    trainer.scaler.load_state_dict(values["scaler"])
+    trainer.saved_step = trainer.progress.step
+    files.set_random_state(own, trainer.world)
+    if trainer.world.is_main:
+        trainer.log.start(values["log"], step=trainer.progress.step)
+
+
+def _state(own: dict[str, Tensor], part: int, device: torch.device) -> LSTMState:
+    prefix = f"state.{part}."
+    named = {name.removeprefix(prefix): tensor for name, tensor in own.items() if name.startswith(prefix)}
+    return LSTMState.from_tensors(named).to(device)
+
+
+def _check_same_run(trainer: Trainer, values: dict[str, Any], path: Path) -> None:
+    now, then = trainer.config.to_dict(), values["config"]
+    free = _FREE | (_LENGTH if trainer.config.schedule in _OPEN_ENDED else set())
+    different = [
+        f"{key}: {then.get(key)!r} -> {now[key]!r}" for key in now if key not in free and now[key] != then.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{path}: the run to resume had other settings ({'; '.join(different)}); resume with the old ones, or "
+            "start a new run in another output folder"
+        )
+    model_now, model_then = trainer.model.config.to_dict(), values["model_config"]
+    keys = sorted((set(model_now) | set(model_then)) - {"tlstm_version", "architectures", "dtype"})
+    changed = [key for key in keys if model_now.get(key) != model_then.get(key)]
+    if changed:
+        raise ValueError(f"{path}: the run to resume trains a model with other settings: {', '.join(changed)} differ")
+    if values["world_size"] != trainer.world.size:
+        raise ValueError(
+            f"{path}: the run was saved by {values['world_size']} process(es), this one has {trainer.world.size}; "
+            "start as many, so that every process finds its hidden state and random generators"
+        )
+    if values["data"] != trainer.fingerprint:
+        raise ValueError(f"{path}: the training or validation tokens are not those of the run to resume")
