@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tlstm_kernels import reference
@@ -75,7 +75,7 @@ def lstm(
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
         width = hx[0].shape[-1] * options.num_directions
         return x.new_zeros(0, x.shape[1], width), hx
-    return run(x, hx, weights, options, lengths)
+    return _call(run, x, hx, weights, options, lengths)
 
 
 def lstm_packed(
@@ -93,9 +93,9 @@ def lstm_packed(
     """
     name = resolve_backend(backend, data.device)
     if name == "native":
-        return _native_packed(data, batch_sizes, hx, weights, options)
+        return _call(_native_packed, data, batch_sizes, hx, weights, options)
     padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-    y, state = _RUNNERS[name](padded, hx, weights, options, lengths)
+    y, state = _call(_RUNNERS[name], padded, hx, weights, options, lengths)
     return pack_padded_sequence(y, lengths).data, state
 
 
@@ -141,6 +141,18 @@ def why_unavailable(name: str, device: torch.device | str | None = None) -> str 
     return None
 
 
+def _call(run: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:
+    """Run a backend, under torch.compile outside the compiled graph: inside, each time step would be traced apart."""
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return _outside_graph(run, *args)
+    return run(*args)
+
+
+@torch.compiler.disable
+def _outside_graph(run: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:
+    return run(*args)
+
+
 def _run_native(
     x: Tensor,  # (T, B, I)
     hx: State,
@@ -154,6 +166,11 @@ def _run_native(
             x, hx, weights, options.bias, options.num_layers, dropout, training, options.bidirectional, batch_first
         )
         return y, (h_n, c_n)
+    if torch.compiler.is_exporting():
+        raise BackendUnavailableError(
+            "backend 'native' cannot be exported with lengths: it packs the batch by their values. "
+            "Export with backend='reference', or without lengths."
+        )
     lengths = lengths.cpu()
     if bool((lengths == x.shape[0]).all()):
         return _run_native(x, hx, weights, options, None)

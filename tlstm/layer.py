@@ -119,7 +119,7 @@ class LSTM(torch.nn.LSTM):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ArgumentError(
-                    "lengths: a PackedSequence has its own; expected None. Pass a padded tensor instead."
+                    "lengths: expected None with a PackedSequence, which has its own; received both. Pass only one."
                 )
             return self._forward_packed(input, hx, weights)
 
@@ -128,7 +128,7 @@ class LSTM(torch.nn.LSTM):
         if not batched:
             if lengths is not None:
                 raise ArgumentError(
-                    f"lengths: expected None for an unbatched input; received lengths and an input of shape "
+                    "lengths: expected None for an unbatched input; received lengths and an input of shape "
                     f"{tuple(input.shape)}. Cut the input instead, or add a batch dimension."
                 )
             x = input.unsqueeze(1)

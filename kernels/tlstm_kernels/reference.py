@@ -108,7 +108,8 @@ def lstm_forward(
     gates = torch.stack(gates_of) if T else x_proj.new_zeros(0, B, 4 * H)
     cells = torch.stack(c_of) if T else c.new_zeros(0, B, H)
     hidden = torch.stack(h_of) if T else h.new_zeros(0, B, h_0.shape[-1])
-    steps = LSTMSteps(*gates.chunk(4, dim=-1), cells, hidden)
+    i_all, f_all, g_all, o_all = gates.chunk(4, dim=-1)
+    steps = LSTMSteps(i_all, f_all, g_all, o_all, cells, hidden)
     y = _zero_padding(hidden, valid).to(x.dtype)
     return y, h.to(x.dtype), c.to(x.dtype), steps
 
@@ -204,25 +205,36 @@ def lstm(
     Returns:
         y (T, B, P), h_n (B, P), c_n (B, H), in x's dtype.
     """
-    return _ReferenceLSTM.apply(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+    y, h_n, c_n, *_ = _ReferenceLSTM.apply(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+    return y, h_n, c_n
 
 
 class _ReferenceLSTM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse):
-        inputs = (x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        y, h_n, c_n, steps = lstm_forward(*inputs, lengths, reverse)
-        ctx.reverse = reverse
-        ctx.save_for_backward(*inputs, lengths, steps.i, steps.f, steps.g, steps.o, steps.c, steps.h)
-        return y, h_n, c_n
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n):
-        inputs, lengths, steps = ctx.saved_tensors[:8], ctx.saved_tensors[8], LSTMSteps(*ctx.saved_tensors[9:])
+    def forward(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse):
+        y, h_n, c_n, steps = lstm_forward(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+        # Autograd marks outputs by identity, so none may be another one (y and steps.h) or an input (h_n with T = 0).
+        y, h_n, c_n = y.view_as(y), h_n.view_as(h_n), c_n.view_as(c_n)
+        return y, h_n, c_n, steps.i, steps.f, steps.g, steps.o, steps.c, steps.h
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.reverse = inputs
+        steps = output[3:]
+        ctx.mark_non_differentiable(*steps)
+        ctx.save_for_backward(*tensors, *steps)
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n, *_):
+        x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, *saved_steps = ctx.saved_tensors
+        steps = LSTMSteps(*saved_steps)
+        inputs = (x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr)
         if torch.is_grad_enabled():
             # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from
             # the inputs, which are not.
-            steps = lstm_forward(*inputs, lengths, ctx.reverse)[-1]
+            *_, steps = lstm_forward(*inputs, lengths, ctx.reverse)
         d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps, lengths, ctx.reverse)
         return d.x, d.h_0, d.c_0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, None, None
 
