@@ -40,6 +40,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` is, or will be."""
     return folder / f"step-{step:08d}"
@@ -62,10 +67,6 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     (staged / VALUES_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for path in [*staged.iterdir(), staged]:
         _sync(path)
-    if target.exists():  # the same step again, after resuming from an earlier one
-        replaced = folder / f".replaced-{step:08d}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(target, replaced)
     os.replace(staged, target)
     _sync(folder)
     return target
@@ -100,14 +101,19 @@ def prune(folder: Path, keep_last: int, keep_steps: set[int]) -> None:
     """Remove all but the newest `keep_last` checkpoints and those of `keep_steps`, and leftovers of killed saves."""
     checkpoints = list_checkpoints(folder)
     for path in checkpoints[:-keep_last]:
-        if int(path.name.removeprefix("step-")) not in keep_steps:
-            # Renamed first: a checkpoint that is being removed must not look like a whole one.
-            doomed = path.with_name(f".removed-{path.name}")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
-    for pattern in (".staged-*", ".replaced-*", ".removed-*"):
+        if step_of(path) not in keep_steps:
+            remove_checkpoint(path)
+    for pattern in (".staged-*", ".removed-*"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint folder; it loses its name first, so that half of one never looks like a whole one."""
+    doomed = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 # ---- the parts of a checkpoint ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ generators, so the folder must be readable by all of them when a run is resumed.
 
 from __future__ import annotations
 
+import atexit
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def join_world(device: torch.device | str | None = None) -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     return World(rank=rank, size=size, device=device)

@@ -34,19 +34,17 @@ class RunLog:
     def start(self, position: dict[str, int] | None = None, step: int = 0) -> None:
         """Begin new files, or continue those of a run at `position`."""
         self.jsonl.parent.mkdir(parents=True, exist_ok=True)
-        if position is None:
-            self.jsonl.write_bytes(b"")
-            self.csv.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-        else:
-            for path, size in ((self.jsonl, position["jsonl"]), (self.csv, position["csv"])):
-                if path.exists() and path.stat().st_size > size:
-                    os.truncate(path, size)
+        for path, head in ((self.jsonl, ""), (self.csv, ",".join(COLUMNS) + "\n")):
+            if position is None or not path.exists():
+                path.write_text(head, encoding="utf-8")
+            elif path.stat().st_size > position[path.name]:
+                os.truncate(path, position[path.name])
         if self._with_events:
             self._events = _summary_writer()(str(self.tensorboard_dir), purge_step=step + 1 if step else None)
 
     def position(self) -> dict[str, int]:
         """Length of both files in bytes."""
-        return {"jsonl": self.jsonl.stat().st_size, "csv": self.csv.stat().st_size}
+        return {path.name: path.stat().st_size for path in (self.jsonl, self.csv)}
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; it must hold `event` and `step`."""

@@ -49,7 +49,16 @@ def begin(trainer: Trainer, resume: bool | str | os.PathLike[str]) -> None:
         if resume is True and not existing:
             raise FileNotFoundError(f"{folder}: no checkpoint to resume from; start without resume")
         path = existing[-1] if resume is True else Path(resume)
+        if existing and path.resolve() not in [other.resolve() for other in existing]:
+            raise ValueError(
+                f"{path}: not one of the checkpoints in {folder}, which holds another run's; resume one of those, or "
+                "choose another output folder"
+            )
         restore(trainer, path)
+        if trainer.world.is_main:
+            for later in existing:  # what came after is no longer this run's history; the log is cut there, too
+                if files.step_of(later) > trainer.progress.step:
+                    files.remove_checkpoint(later)
         logger.info("resumed from %s at step %d", path, trainer.progress.step)
     if trainer.world.is_main:
         (trainer.out_dir / CONFIG_NAME).write_text(trainer.config.to_json(), encoding="utf-8")

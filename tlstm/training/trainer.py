@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tlstm.training import export, snapshot
+from tlstm.training import export, report, snapshot
 from tlstm.training.config import TrainingConfig
 from tlstm.training.data import TrainingData
 from tlstm.training.distributed import join_world, synchronising, wrap
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from tlstm.models import LSTMForCausalLM
     from tlstm.state import LSTMState
     from tlstm.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 AUTOCAST_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Several processes must agree on stopping; asking them in every step would stall the device each time.
@@ -125,7 +122,7 @@ class Trainer:
         self._stop = StopRequest()
         self._stop_asked = False
         self._clock = 0.0
-        self._mark = (0, 0.0)
+        self.mark = (0, 0.0)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -133,7 +130,8 @@ class Trainer:
         """Train to the end, or until a signal or `request_stop`.
 
         Args:
-            resume: `True` continues from the newest checkpoint in `out_dir`, a path from that checkpoint.
+            resume: `True` continues from the newest checkpoint in `out_dir`, a path from that checkpoint (the later
+                ones, and the log after it, are then removed).
 
         Raises:
             ValueError: `out_dir` holds another run and `resume` is false; or the configuration, data or model differ
@@ -145,7 +143,7 @@ class Trainer:
         snapshot.begin(self, resume)
         with self._stop, self._bar() as bar:
             self._clock = time.monotonic() - self.progress.seconds
-            self._mark = (self.progress.tokens, self.progress.seconds)
+            self.mark = (self.progress.tokens, self.progress.seconds)
             interrupted = self._should_stop()
             while not interrupted and self.progress.step < self.total_steps:
                 batch = next(self.batches)
@@ -230,68 +228,23 @@ class Trainer:
         config, step, begun = self.config, self.progress.step, time.monotonic()
         last = step == self.total_steps
         if step % config.log_every == 0 or last:
-            self._log_train(bar)
+            report.training(self, bar)
         if batch.ends_epoch:
-            self.progress.train_loss = self._take_mean(2)
+            self.progress.train_loss = self.take_mean(2)
         improved = False
         if self.data.valid is not None and (_due(step, config.eval_every, batch.ends_epoch) or last):
-            improved = self._log_evaluation()
+            improved = report.evaluation(self)
         if config.sample_every and step % config.sample_every == 0:
-            self._log_sample()
+            report.sample(self)
         if not last and (_due(step, config.save_every, batch.ends_epoch) or (improved and config.export == "best")):
             snapshot.save(self)
         # The speed in the next record is that of training alone.
-        self._mark = (self._mark[0], self._mark[1] + time.monotonic() - begun)
+        self.mark = (self.mark[0], self.mark[1] + time.monotonic() - begun)
 
-    # ---- records -------------------------------------------------------------------------------------------------
+    # ---- small things --------------------------------------------------------------------------------------------
 
-    def _record(self, event: str, **values: Any) -> None:
-        progress = self.progress
-        record = {
-            "event": event,
-            "step": progress.step,
-            "epoch": round(self.batches.epochs_done, 4),
-            "tokens": progress.tokens,
-            "seconds": round(progress.seconds, 3),
-        } | values
-        if self.world.is_main:
-            self.log.write(record)
-            for callback in self.callbacks:
-                callback(record)
-
-    def _log_train(self, bar: tqdm[Any]) -> None:
-        loss = self._take_mean(0)
-        norm = None if self.grad_norm is None else float(self.grad_norm)
-        tokens, seconds = self.progress.tokens - self._mark[0], self.progress.seconds - self._mark[1]
-        self._mark = (self.progress.tokens, self.progress.seconds)
-        speed = round(tokens / seconds, 1) if seconds > 0 else 0.0
-        self._record("train", train_loss=loss, lr=self.learning_rate, grad_norm=norm, tokens_per_second=speed)
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-    def _log_evaluation(self) -> bool:
-        result = self.evaluate()
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(f"the validation loss is {result.loss} at step {self.progress.step}")
-        improved = self.progress.observe(result.loss)
-        if self.config.schedule == "plateau":
-            self.plateau.observe(result.loss)
-        self._record("valid", valid_loss=result.loss, perplexity=result.perplexity, protocol=result.protocol)
-        logger.info(
-            "step %d of %d, epoch %.2f: train %s, valid %.4f nats/token (%s), %.1f min",
-            self.progress.step, self.total_steps, self.batches.epochs_done,
-            "-" if self.progress.train_loss is None else f"{self.progress.train_loss:.4f}",
-            result.loss, result.protocol, self.progress.seconds / 60,
-        )  # fmt: skip
-        return improved
-
-    def _log_sample(self) -> None:
-        if self.world.is_main:
-            text = export.sample(self)
-            self._record("sample", text=text)
-            logger.info("sample at step %d:\n%s", self.progress.step, text)
-
-    def _take_mean(self, first: int) -> float:
-        """Mean of a pair in `sums`, over all processes, which is then emptied."""
+    def take_mean(self, first: int) -> float:
+        """Mean of the pair in `sums` that starts at `first`, over all processes; the pair is emptied."""
         pair = self.sums[first : first + 2]
         mean = float(self.world.mean(pair[0] / pair[1]))
         pair.zero_()
@@ -301,8 +254,6 @@ class Trainer:
                 "warmup_steps, and resume from the last checkpoint"
             )
         return mean
-
-    # ---- small things --------------------------------------------------------------------------------------------
 
     def _read_text(self) -> TrainingData:
         config = self.config
