@@ -236,31 +236,31 @@ def _run_reference(
 ) -> tuple[Tensor, State]:
     device = x.device.type
     h_0, c_0 = hx
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        # What autocast does to torch's own LSTM: run it in the low precision dtype.
-        dtype = torch.get_autocast_dtype(device)
-        x, h_0, c_0 = x.to(dtype), h_0.to(dtype), c_0.to(dtype)
-        weights = [w.to(dtype) for w in weights]
+    if torch.is_autocast_enabled(device):
+        # What autocast does to torch's own LSTM: run it in the low precision dtype (float64 stays as it is).
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            hx, weights = (h_0.to(dtype), c_0.to(dtype)), [w.to(dtype) for w in weights]
+            return _run_reference(x.to(dtype), hx, weights, options, lengths)
     if lengths is not None:
         lengths = lengths.to(x.device)
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
-    with torch.autocast(device, enabled=False):
-        for layer in range(options.num_layers):
-            if layer > 0 and options.dropout > 0:
-                x = torch.nn.functional.dropout(x, options.dropout, options.training)
-            outputs = []
-            for direction in range(options.num_directions):
-                k = layer * options.num_directions + direction
-                n = options.weights_per_direction
-                own = weights[k * n : (k + 1) * n]
-                b_ih, b_hh = (own[2], own[3]) if options.bias else (None, None)
-                w_hr = own[-1] if options.proj_size > 0 else None
-                y, h, c = reference.lstm(x, h_0[k], c_0[k], own[0], own[1], b_ih, b_hh, w_hr, lengths, direction == 1)
-                outputs.append(y)
-                h_n.append(h)
-                c_n.append(c)
-            x = torch.cat(outputs, dim=-1) if options.bidirectional else outputs[0]
+    n = options.weights_per_direction
+    for layer in range(options.num_layers):
+        if layer > 0 and options.dropout > 0:
+            x = torch.nn.functional.dropout(x, options.dropout, options.training)
+        outputs = []
+        for direction in range(options.num_directions):
+            k = layer * options.num_directions + direction
+            own = weights[k * n : (k + 1) * n]
+            b_ih, b_hh = (own[2], own[3]) if options.bias else (None, None)
+            w_hr = own[-1] if options.proj_size > 0 else None
+            y, h, c = reference.lstm(x, h_0[k], c_0[k], own[0], own[1], b_ih, b_hh, w_hr, lengths, direction == 1)
+            outputs.append(y)
+            h_n.append(h)
+            c_n.append(c)
+        x = torch.cat(outputs, dim=-1) if options.bidirectional else outputs[0]
     return x, (torch.stack(h_n), torch.stack(c_n))
 
 

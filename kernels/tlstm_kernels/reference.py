@@ -234,7 +234,7 @@ class _ReferenceLSTM(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from
             # the inputs, which are not.
-            *_, steps = lstm_forward(*inputs, lengths, ctx.reverse)
+            steps = lstm_forward(*inputs, lengths, ctx.reverse)[3]
         d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps, lengths, ctx.reverse)
         return d.x, d.h_0, d.c_0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, None, None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
-
 from tlstm_kernels import ArticleWeights, article_forward, lstm, lstm_backward, lstm_forward
+from torch.autograd import gradcheck, gradgradcheck
 
 # name: (T, B, I, H), P, bias, lengths, reverse
 CASES = {
@@ -147,7 +146,9 @@ def test_half_types_are_at_least_as_exact_as_torch(dtype):
 
 def test_half_type_gradients_come_back_in_their_own_dtype():
     inputs = make_inputs(((5, 7, 6, 13), 5, True, (5, 0, 3, 1, 5, 4, 2), True), torch.bfloat16)
-    exact = [t.detach().double().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
+    exact = [
+        t.detach().double().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs
+    ]
     for arguments in (inputs, exact):
         sum(output.double().square().sum() for output in lstm(*arguments)).backward()
     for tensor, other in zip(inputs[:8], exact[:8], strict=True):
