@@ -113,6 +113,28 @@ def test_a_round_trip_through_files_changes_nothing(saved, tmp_path):
     assert in_subfolder.encode("speak") == tokenizer.encode("speak")
 
 
+@pytest.mark.parametrize("revision", [None, "v1", "a" * 40])
+def test_a_hub_repo_is_read_from_the_cache_at_one_commit(saved, tmp_path, revision):
+    """The cache layout of huggingface_hub, written by hand; the library's own client finds the files in it."""
+    tokenizer, _ = saved
+    cache = tmp_path / "models--user--model"
+    commit = "a" * 40
+    tokenizer.save_pretrained(cache / "snapshots" / commit / "sub")
+    (cache / "refs").mkdir()
+    for name in ("main", "v1"):
+        (cache / "refs" / name).write_text(commit)
+    options = {"revision": revision, "cache_dir": tmp_path, "local_files_only": True}
+    again = Tokenizer.from_pretrained("user/model", subfolder="sub", **options)
+    assert again.files() == tokenizer.files()
+    assert again.name_or_path == "user/model"
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        Tokenizer.from_pretrained("user/model", **options)
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with pytest.raises(LocalEntryNotFoundError):
+        Tokenizer.from_pretrained("user/another", **options)
+
+
 def test_another_tokenizer_family_loads_with_its_own_ids(tmp_path):
     """WordPiece with a normalizer, framing, truncation and padding in its file: not made here, read all the same."""
     foreign = tokenizers.Tokenizer(
@@ -141,6 +163,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         Tokenizer.from_pretrained(tmp_path / "missing")
+    with pytest.raises(ValueError, match="subfolder"):
+        Tokenizer.from_pretrained(tmp_path, subfolder="../other")
     file = tmp_path / "tokenizer.json"
     for content in (b"", b"{", b"[1]", b'{"version": "1.0"}', b"\xff\xfe"):
         file.write_bytes(content)

@@ -267,7 +267,7 @@ class Tokenizer:
         path_or_repo: PathLike,
         *,
         revision: str | None = None,
-        subfolder: str = "",
+        subfolder: str | None = None,
         cache_dir: PathLike | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,

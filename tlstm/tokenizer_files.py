@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from tlstm.folder_swap import replace_files
-from tlstm.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, read_consistently
+from tlstm.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, is_plain_name, read_consistently
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -21,16 +21,18 @@ def find_folder(
     path_or_repo: str | os.PathLike[str],
     *,
     revision: str | None,
-    subfolder: str,
+    subfolder: str | None,
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
     """The local folder that holds the files: the path itself, or the snapshot of one commit of a Hub repo."""
+    if subfolder and not is_plain_name(subfolder):
+        raise ValueError(f"expected a subfolder such as 'checkpoints/best', received {subfolder!r}")
     name = os.fspath(path_or_repo)
     path = Path(name).expanduser()
     if path.is_dir():
-        return path / subfolder
+        return path / (subfolder or "")
     if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise CheckpointNotFoundError(
             errno.ENOENT,
@@ -48,7 +50,7 @@ def find_folder(
         token=token,
         local_files_only=local_files_only,
     )
-    return Path(snapshot) / subfolder
+    return Path(snapshot) / (subfolder or "")
 
 
 def read(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
