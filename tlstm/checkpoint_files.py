@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def _write_shard(tensors: dict[str, Tensor], header: dict[str, str], path: Path)
         shared = tensor.numel() > 0 and tensor.data_ptr() in seen
         seen.add(tensor.data_ptr())
         separate[name] = tensor.clone() if shared else tensor
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(separate, path, metadata=header)
     except safetensors.SafetensorError as error:
@@ -117,6 +120,7 @@ def _write_shard(tensors: dict[str, Tensor], header: dict[str, str], path: Path)
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    os.chmod(path, mode)  # safetensors makes files that only their owner can read; go by the umask instead
 
 
 def _positive_size(size: int | str) -> int | str:

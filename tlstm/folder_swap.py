@@ -64,12 +64,14 @@ def replace_files(
             staging = folder / f"{PRIVATE_PREFIX}save-{secrets.token_hex(8)}"
             try:
                 _commit(folder, staging, files, is_stale)
-            finally:
-                # Ask the disk, not the control flow: an interrupt or a failing fsync may follow the commit.
+                committed = True
+            except BaseException:
+                # Ask the disk, not the control flow: the interrupt or failing fsync may have come after the commit.
                 record = CommitRecord.read(folder)
                 committed = record is not None and record.staging == staging.name
                 if not committed:
                     shutil.rmtree(staging, ignore_errors=True)
+                raise
             _roll_forward(folder)
     except OSError as error:
         raise _explained(error, folder, committed=committed) from error
@@ -194,7 +196,8 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a lock file that stays does no harm
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -234,8 +233,7 @@ class PreTrainedModel(nn.Module):
         own = {CONFIG_NAME: config.to_json().encode()}
         generation_config = getattr(self, "generation_config", None)
         if generation_config is not None:
-            text = json.dumps(generation_config.to_dict(), indent=2, sort_keys=True) + "\n"
-            own[GENERATION_CONFIG_NAME] = text.encode()
+            own[GENERATION_CONFIG_NAME] = generation_config.to_json().encode()
         files = {**(extra_files or {}), **(tokenizer.files() if tokenizer is not None else {})}
         clash = sorted(set(files) & set(own))
         if clash:

@@ -146,9 +146,9 @@ def _set_generation_config(model: nn.Module, values: dict[str, Any] | None, fold
     if own is None or values is None:
         return
     try:
-        model.generation_config = type(own).from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / GENERATION_CONFIG_NAME}: {error}") from None
+        model.generation_config = type(own).from_dict(values, source=str(folder / GENERATION_CONFIG_NAME))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _on_meta(model_class: type[Model], config: LSTMConfig, folder: Path) -> Model:
