@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -54,8 +55,8 @@ class GenerationConfig:
         bos_token_id: starts an empty prompt. eos_token_id: an id or list of ids that end a sequence ([]: none does).
         pad_token_id: fills rows that end early; without it the first end-of-sequence id does.
     Output:
-        return_dict_in_generate: return a `GenerateOutput`. output_scores: with processed logits of every step.
-        output_logits: with the model's own logits of every step.
+        return_dict_in_generate: return a `GenerateOutput`. Without beams, output_scores adds the processed logits and
+        output_logits the model's own logits of every step; beams always come with their scores.
     extra: keys this version does not know, kept and written back unchanged.
 
     Raises:
@@ -186,7 +187,7 @@ class GenerationConfig:
         """Names of settings that were changed but do nothing here: of sampling without `do_sample`, and the like."""
         idle = [] if self.do_sample else list(_SAMPLING_FIELDS)
         idle += [] if self.num_beams > 1 else list(_BEAM_FIELDS)
-        idle += [] if self.return_dict_in_generate else ["output_scores", "output_logits"]
+        idle += [] if self.return_dict_in_generate and self.num_beams == 1 else ["output_scores", "output_logits"]
         return [name for name in idle if getattr(self, name) != _DEFAULTS[name]]
 
     # ---- checks --------------------------------------------------------------------------------------------------
@@ -238,14 +239,14 @@ class GenerationConfig:
             raise ValueError(f"bad_words_ids: expected a list of non-empty lists of ids, got {words!r}")
         if self.suppress_tokens is not None and not isinstance(self.suppress_tokens, list):
             raise ValueError(f"suppress_tokens: expected a list of ids, got {self.suppress_tokens!r}")
-        for name, ids in (("bad_words_ids", sum(words, [])), ("suppress_tokens", self.suppress_tokens or [])):
-            for token_id in ids:
+        for name, lists in (("bad_words_ids", words), ("suppress_tokens", [self.suppress_tokens or []])):
+            for token_id in itertools.chain.from_iterable(lists):
                 _check_int(name, token_id, 0)
 
     def _check_together(self) -> None:
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}; change one of them"
+                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}; change either"
             )
         if self.num_beams > 1 and self.do_sample:
             raise ValueError("num_beams and do_sample exclude each other; use num_beams=1 or do_sample=False")

@@ -28,9 +28,9 @@ class GenerationState:
     can be continued many times, now or, through `save` and `load`, later and elsewhere.
 
     Fields:
-        recurrent: the model's state after every token of each text but its last one, which is fed first on continuing.
-        tokens: the whole history of each text, prompt and generated, 1-D int64 on the CPU, at least one token: penalties
-            look at it, and its length is the position that the random numbers of the next token belong to.
+        recurrent: the model's state after all tokens of each text but the last one, which is fed first on continuing.
+        tokens: the whole history of each text, prompt and generated, 1-D int64 on the CPU, at least one token:
+            penalties look at it, and its length is the position that the random numbers of the next token belong to.
         vocab_size: number of token ids of the model, `V`.
         seeds: each text's seed; `None` before anything was sampled.
         return_index: which of several continuations of one prompt each text is; part of its random numbers.
@@ -175,6 +175,6 @@ def check_recurrent(state: LSTMState, config: LSTMConfig) -> None:
     h, c = [tensor.shape[1] for tensor in state.h], [tensor.shape[1] for tensor in state.c]
     if h != config.output_sizes or c != config.widths:
         raise ValueError(
-            f"state: expected layers with h of widths {config.output_sizes} and c of widths {config.widths}, got {h} and "
-            f"{c}; it was made by another model: load that one, or prefill the text with this one"
+            f"state: expected layers with h of widths {config.output_sizes} and c of widths {config.widths}, got "
+            f"{h} and {c}; it was made by another model: load that one, or prefill the text with this one"
         )

@@ -1,8 +1,8 @@
 """From logits to a token: penalties, filters and the draw, as pure functions on `(rows, V)` float32 logits.
 
 Each row's result depends on that row alone. Forbidden tokens hold -inf. The filters follow the processors of
-transformers (`generation/logits_process.py`) with one definite rule where logits tie: tokens tied with the last one that
-a filter keeps are kept too (transformers does so in top-k and typical-p; its top-p drops some of them in sorting order).
+transformers (`generation/logits_process.py`) with one definite rule where logits tie: tokens tied with the last one
+that a filter keeps are kept too (transformers does so in top-k and typical-p; its top-p drops some of them).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tlstm.philox import GumbelNoise
 _LARGE_VOCABULARY = 4096
 
 
-# ---- penalties: what the sequence so far forbids or disfavours --------------------------------------------------------
+# ---- penalties: what the sequence so far forbids or disfavours -------------------------------------------------------
 
 
 def repetition_penalty(
@@ -132,7 +132,7 @@ def greedy(
 ) -> Tensor:  # (rows,) int64
     """The most likely token of each row, the lowest id among equals. `ValueError` where a row has none."""
     best, tokens = logits.max(dim=-1)
-    _check_some_token(best)
+    check_some_token(best)
     return tokens
 
 
@@ -150,15 +150,17 @@ def draw(
         if 0 < survivors <= vocab_size // 16:
             ids = logits.topk(survivors).indices.sort(-1).values
             best, place = (logits.gather(-1, ids) + noise.next_of(ids)).max(dim=-1)
-            _check_some_token(best)
+            check_some_token(best)
             return ids.gather(-1, place[:, None])[:, 0]
     best, tokens = (logits + noise.next()).max(dim=-1)
-    _check_some_token(best)
+    check_some_token(best)
     return tokens
 
 
-def _check_some_token(best: Tensor) -> None:
-    """`best` `(rows,)` is each row's largest score: -inf where everything is forbidden, NaN where a logit is."""
+def check_some_token(
+    best: Tensor,  # (rows,)
+) -> None:
+    """Raise `ValueError` unless each row's largest score is finite: -inf means all forbidden, NaN a damaged logit."""
     values = best.tolist()
     if all(map(math.isfinite, values)):
         return
@@ -169,8 +171,8 @@ def _check_some_token(best: Tensor) -> None:
             "no_repeat_ngram_size or min_new_tokens"
         )
     raise ValueError(
-        f"row {row}: the model's logits are not finite (largest: {values[row]}); its weights or its state overflowed or "
-        "were damaged: check them with torch.isfinite, or use a wider dtype than float16"
+        f"row {row}: the model's logits are not finite (largest: {values[row]}); its weights or its state overflowed "
+        "or were damaged: check them with torch.isfinite, or use a wider dtype than float16"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -42,5 +41,6 @@ class StopStrings:
         """True where the last of `ids` completes a stop string."""
         text = self._decode(ids)
         # What the last token adds begins where the two decodings part: an incomplete character may be rewritten.
-        settled = len(os.path.commonprefix([text, self._decode(ids[:-1])]))
+        before = self._decode(ids[:-1])
+        settled = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
         return any(text.find(stop, max(0, settled - len(stop) + 1)) >= 0 for stop in self.texts)

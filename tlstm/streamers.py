@@ -1,8 +1,8 @@
 """Streamers: objects with `put` and `end` that `generate(streamer=...)` feeds while the text is made.
 
-The contract is that of transformers, so its streamers work here too: `put` gets the prompt first, `(rows, T)`, then the
-new token of every step, `(rows,)`; `end` is called once, also when the call is interrupted. A streamer that takes several
-rows says so with an attribute `supports_batch = True`; rows that have ended then hold -1.
+The contract is that of transformers, so its streamers work here too: `put` gets the prompt first, `(rows, T)`, then
+the new token of every step, `(rows,)`; `end` is called once, also when the call fails or is interrupted. A streamer that
+takes several rows says so with an attribute `supports_batch = True`; rows that have ended then hold -1.
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ class StreamingTokenizer(Protocol):
     def decode_stream(self) -> PieceStream: ...
 
 
-def check_streamer(streamer: object, rows: int) -> None:
-    """Raise `ValueError` unless `streamer` has `put` and `end` and takes as many `rows` as will be generated."""
+def check_streamer(streamer: object) -> None:
+    """Raise `ValueError` unless `streamer` has `put` and `end`."""
     if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(
             f"streamer: expected an object with put(tokens) and end(), got {type(streamer).__name__}; "
             "for example tlstm.TextStreamer(tokenizer)"
         )
+
+
+def check_streamed_rows(streamer: Streamer, rows: int, beams: int) -> None:
+    """Raise `ValueError` unless `streamer` takes as many sequences as will be generated."""
+    if beams > 1:
+        raise ValueError("streamer: a beam search settles its tokens only at its end; use num_beams=1")
     if rows > 1 and not getattr(streamer, "supports_batch", False):
         raise ValueError(
             f"streamer: {type(streamer).__name__} takes one sequence, and {rows} are generated; stream one prompt at a "
@@ -60,9 +66,7 @@ class TextStreamer:
         skip_prompt: leave the prompt out.
     """
 
-    def __init__(
-        self, tokenizer: StreamingTokenizer, file: TextIO | None = None, *, skip_prompt: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: StreamingTokenizer, file: TextIO | None = None, *, skip_prompt: bool = False) -> None:
         self._tokenizer = tokenizer
         self._file = file
         self._skip_prompt = skip_prompt
