@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import subprocess
 import time
@@ -33,25 +34,9 @@ SHAPES = [
     ("projection", (16, 32, 128, 128, 1), {"proj_size": 64}),
 ]
 COLUMNS = [
-    "name",
-    "mode",
-    "B",
-    "T",
-    "I",
-    "H",
-    "layers",
-    "options",
-    "turns",
-    "torch_ms_p50",
-    "tlstm_ms_p50",
-    "ratio_p20",
-    "ratio_p50",
-    "ratio_p80",
-    "threads",
-    "cpu",
-    "torch",
-    "python",
-    "commit",
+    *("name", "mode", "B", "T", "I", "H", "layers", "options", "turns"),
+    *("torch_ms_p50", "tlstm_ms_p50", "ratio_p20", "ratio_p50", "ratio_p80"),
+    *("threads", "load", "cpu", "torch", "python", "commit"),
 ]
 
 
@@ -64,7 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    machine = [arguments.threads, cpu_name(), torch.__version__, platform.python_version(), git_commit()]
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""  # other work on the machine, in processes
+    machine = [arguments.threads, load, cpu_name(), torch.__version__, platform.python_version(), git_commit()]
     rows = []
     for name, shape, options in SHAPES:
         for mode in ("forward", "forward+backward"):
