@@ -1,0 +1,156 @@
+"""`tlstm train`: from text files to a checkpoint folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tlstm.cli import arguments
+from tlstm.cli.common import add_backend_arguments, find_device, format_count, set_backend
+from tlstm.cli.train_setup import DERIVED_FIELDS, END_OF_TEXT, check_folder, new_run, read_settings, resumed_run
+from tlstm.config import LSTMConfig
+
+if TYPE_CHECKING:
+    from tlstm.tokenizer import Tokenizer
+    from tlstm.training import Trainer, TrainingResult
+
+DESCRIPTION = """Train a language model on a text file, or on a folder of *.txt files.
+
+--out then holds model/ (what `tlstm generate --model` takes), checkpoints/, log.csv, log.jsonl and the loss curve.
+Ctrl-C or SIGTERM saves a checkpoint and ends the run; `tlstm train --out DIR --resume` goes on as if nothing had been.
+Under torchrun every process takes its share of the batch.
+"""
+EPILOG = """examples:
+  tlstm train --data input.txt --out runs/first
+  tlstm train --data input.txt --out runs/wide --layer-sizes 1150,1150,400 --embedding-size 400 --tie \\
+      --weight-dropout 0.5 --hidden-dropout 0.25 --output-dropout 0.4 --epochs 30
+  tlstm train --data books/ --out runs/bpe --tokenizer bpe --vocab-size 8192 --autocast bf16
+  tlstm train --data mine.txt --out runs/tuned --init-from user/name --lr 2e-4 --epochs 2
+  tlstm train --config recipe.json --data input.txt --out runs/second --seed 2
+  tlstm train --out runs/first --resume
+  torchrun --nproc-per-node 8 -m tlstm train --data input.txt --out runs/eight --batch-size 512
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tlstm.training.config import TrainingConfig
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", required=True, metavar="DIR", help="folder for the run; everything is written below it")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="continue the run in --out, from its newest checkpoint or from this one; other flags are not needed",
+    )
+    run.add_argument(
+        "--config",
+        metavar="FILE.json",
+        help='read settings from a JSON object; keys are the flags with underscores ({"hidden_size": 512}). Flags win',
+    )
+    add_backend_arguments(run)
+    start = parser.add_argument_group("tokens and start")
+    suppress = argparse.SUPPRESS
+    start.add_argument(
+        "--tokenizer",
+        default=suppress,
+        metavar="KIND|PATH",
+        help="char, byte, bpe (made from the data), or a folder or Hub repo with a tokenizer (default: char)",
+    )
+    start.add_argument(
+        "--vocab-size", type=int, default=suppress, metavar="N", help="of a bpe tokenizer (default: 8192)"
+    )
+    start.add_argument(
+        "--eos-token",
+        default=suppress,
+        metavar="TEXT",
+        help=f"token between files, for a tokenizer made here (default: {END_OF_TEXT} for several files, else none)",
+    )
+    start.add_argument(
+        "--init-from",
+        default=suppress,
+        metavar="PATH|REPO",
+        help="fine-tune this checkpoint; its tokenizer and sizes are kept, dropouts may be set anew",
+    )
+    arguments.add_dataclass_arguments(
+        parser, TrainingConfig, aliases={"valid_data": ("--valid",)}, escaped=("sample_prompt",)
+    )
+    arguments.add_dataclass_arguments(
+        parser,
+        LSTMConfig,
+        exclude=DERIVED_FIELDS,
+        aliases={"tie_word_embeddings": ("--tie",)},
+        prefix="model: ",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from tlstm.training import Trainer
+    from tlstm.training.distributed import join_world
+
+    out = Path(args.out)
+    settings, config = read_settings(args, out)
+    world = join_world(None if args.device == "auto" else find_device(args.device))
+    check_folder(out, resume=args.resume is not False)
+    model, tokenizer = resumed_run(out, settings) if args.resume else new_run(out, settings, config, world)
+    set_backend(model, args.backend)
+    _log_to_stderr(world.is_main)
+    trainer = Trainer(model, tokenizer, config, out_dir=out, device=world.device, command=args.command_line)
+    if world.is_main:
+        print(_summary(trainer, tokenizer), flush=True)
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm(loggers=[logging.getLogger("tlstm")]):
+        result = trainer.train(resume=args.resume)
+    if world.is_main:
+        _report(result, out, world.size)
+    return result.exit_code
+
+
+# ---- what the user sees ----------------------------------------------------------------------------------------------
+
+
+def _summary(trainer: Trainer, tokenizer: Tokenizer) -> str:
+    model, data, config = trainer.model.config, trainer.data, trainer.config
+    widths = "-".join(map(str, model.widths))
+    tied = ", head tied to the embedding" if model.tie_word_embeddings else ""
+    valid = 0 if data.valid is None else len(data.valid)
+    return "\n".join(
+        [
+            (
+                f"model   {format_count(trainer.model.num_parameters())} parameters: {len(model.widths)} LSTM layers, "
+                f"{widths} wide, embedding {model.embedding_width}{tied}"
+            ),
+            f"tokens  {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}",
+            f"data    {config.data}: {len(data.train):,} tokens to train on, {valid:,} to validate",
+            (
+                f"run     {trainer.total_steps:,} steps of {config.batch_size} x {config.window} tokens "
+                f"on {trainer.world.size} x {trainer.world.device}, into {trainer.out_dir}"
+            ),
+        ]
+    )
+
+
+def _report(result: TrainingResult, out: Path, processes: int) -> None:
+    if result.status == "interrupted":
+        launcher = f"torchrun --nproc-per-node {processes} -m tlstm" if processes > 1 else "tlstm"
+        command = f"{launcher} train --out {shlex.quote(str(out))} --resume"
+        print(f"tlstm: stopped at step {result.step} and saved; go on with: {command}", file=sys.stderr)
+        return
+    print(f"model   {result.model_dir}; try: tlstm generate --model {shlex.quote(str(result.model_dir))}")
+
+
+def _log_to_stderr(is_main: bool) -> None:
+    logger = logging.getLogger("tlstm")
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
