@@ -2,8 +2,8 @@
 
 Meaning of `length_penalty`, `early_stopping`, end-of-sequence and returned sequences as in transformers
 (`GenerationMixin._beam_search`): each step ranks `max(2, 1 + number of eos ids) * num_beams` candidates; complete ones
-among the first `num_beams` become hypotheses, the best incomplete ones go on. Penalties act on log-probabilities. Unlike
-there, a prompt is searched on its own terms: the rest of the batch neither ends nor prolongs its search, and
+among the first `num_beams` become hypotheses, the best incomplete ones go on. Penalties act on log-probabilities.
+Unlike there, a prompt is searched on its own terms: the rest of the batch neither ends nor prolongs its search, and
 slots that hold no hypothesis (a vocabulary smaller than the beam) never count as one.
 """
 

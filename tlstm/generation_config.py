@@ -273,11 +273,11 @@ def _check_int(name: str, value: object, low: int, high: int | None = None, *, o
         raise ValueError(f"{name}: expected a whole number {limits}{' or null' if optional else ''}, got {value!r}")
 
 
-def _check_number(name: str, value: object, above: float, most: float, *, optional: bool = False) -> None:
+def _check_number(name: str, value: Any, above: float, most: float, *, optional: bool = False) -> None:
     if optional and value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (above < value <= most and abs(value) < math.inf):  # type: ignore[operator]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and above < value <= most and math.isfinite(value)):
         wide = above == -math.inf
         limits = "a finite number" if wide else f"a number in ({above}, {most}{')' if most == math.inf else ']'}"
         raise ValueError(f"{name}: expected {limits}{' or null' if optional else ''}, got {value!r}")

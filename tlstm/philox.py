@@ -22,10 +22,10 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments: golden ratio, sqrt(3) - 1
 _ROUNDS = 10
 
 # Noise is drawn for several positions at once, up to this many numbers (float32: 1 MiB), because on small
-# vocabularies the cost of the some 130 tensor operations of a draw is their dispatch, not their arithmetic.
+# vocabularies the cost of the 130 or so tensor operations of a draw is their dispatch, not their arithmetic.
 _CACHED_NUMBERS = 1 << 18
 _CACHED_POSITIONS = 128
-_WORKING_SET = 1 << 20
+_WORKING_SET = 1 << 17
 
 
 def philox4x32(
@@ -88,12 +88,12 @@ def token_noise(
     Token `v` at position `p` takes word `v & 3` of `philox(key=seed, counter=(v >> 2, p, return_index, 0))`.
     """
     rows = len(positions)
-    if rows > 1 and rows * vocab_size > _WORKING_SET:  # row by row, the intermediate words stay in the cache
-        per_row = ((key[0][i : i + 1], key[1][i : i + 1]) for i in range(rows))
-        parts = [
-            token_noise(k, positions[i : i + 1], return_index[i : i + 1], vocab_size) for i, k in enumerate(per_row)
-        ]
-        return torch.cat(parts)
+    count = max(1, _WORKING_SET // (vocab_size * positions[0].numel()))
+    if rows > count:  # a few rows at a time, so that the intermediate words stay in the processor's cache
+        parts = (slice(start, start + count) for start in range(0, rows, count))
+        return torch.cat(
+            [token_noise((key[0][p], key[1][p]), positions[p], return_index[p], vocab_size) for p in parts]
+        )
     shape = (-1,) + (1,) * positions.ndim
     blocks = torch.arange((vocab_size + 3) // 4, device=positions.device)
     words = philox4x32(

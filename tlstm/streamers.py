@@ -1,8 +1,8 @@
 """Streamers: objects with `put` and `end` that `generate(streamer=...)` feeds while the text is made.
 
 The contract is that of transformers, so its streamers work here too: `put` gets the prompt first, `(rows, T)`, then
-the new token of every step, `(rows,)`; `end` is called once, also when the call fails or is interrupted. A streamer that
-takes several rows says so with an attribute `supports_batch = True`; rows that have ended then hold -1.
+the new token of every step, `(rows,)`; `end` is called once, also when the call fails or is interrupted. A streamer
+that takes several rows says so with an attribute `supports_batch = True`; rows that have ended then hold -1.
 """
 
 from __future__ import annotations
