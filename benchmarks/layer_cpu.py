@@ -2,10 +2,11 @@
 
     PYTHONPATH=.:kernels python benchmarks/layer_cpu.py [--threads N] [--seconds S] [--out FILE.csv]
 
-The two layers share their weights and take turns, one call each (several where a call is short), the order swapped at
-every turn, so that whatever else the machine does hits both. On one thread the clock is the process's CPU time, which
-leaves out the time for which other programs had the core; on several it is the wall clock. The figure is the median over the turns of the ratio of
-their times, with the 20th and 80th percentile; 1.00 is torch's time, below it is faster.
+The two layers share their weights and strictly take turns, one call each (several where a call is short): each always
+follows the other, finds the same caches, and is hit alike by whatever else the machine does. On one thread the clock is
+the process's CPU time, which leaves out the time for which other programs had the core; on several it is the wall
+clock. The figure is the median over the turns of the ratio of their times, with the 20th and 80th percentile; 1.00 is
+torch's time, below it is faster.
 """
 
 from __future__ import annotations
@@ -53,15 +54,8 @@ def main() -> None:
 
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""  # other work on the machine, in processes
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
-    machine = [
-        clock.__name__,
-        arguments.threads,
-        load,
-        cpu_name(),
-        torch.__version__,
-        platform.python_version(),
-        git_commit(),
-    ]
+    versions = [cpu_name(), torch.__version__, platform.python_version(), git_commit()]
+    machine = [clock.__name__, arguments.threads, load, *versions]
     rows = []
     for name, shape, options in SHAPES:
         for mode in ("forward", "forward+backward"):
@@ -99,7 +93,7 @@ def measure(
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 20:
-        for which in (0, 1) if len(times[0]) % 2 else (1, 0):
+        for which in (0, 1):
             times[which].append(timed(calls[which], repeats, clock))
     return np.array(times[0]), np.array(times[1])
 
