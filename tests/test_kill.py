@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,14 @@ from tlstm.pretrained import PreTrainedModel
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these tests fork and kill processes; POSIX only")
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed process wrote stays in the page cache: fsync decides nothing here. Its order has its own test."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory where the system offers that: what a killed process wrote stays, and thousands of saves do not wait."""
+    if os.access("/dev/shm", os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="tlstm-test-", dir="/dev/shm") as folder:
+            yield Path(folder)
+    else:
+        yield tmp_path
 
 
 @pytest.mark.parametrize(("old", "new"), [("single", "shards"), ("shards", "single"), ("shards", "more shards")])
