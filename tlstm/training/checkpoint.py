@@ -148,6 +148,13 @@ def fill_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
         parameter.copy_(tensors[name])
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state(world: World) -> dict[str, Tensor]:
     """The state of every random generator of this process, as tensors of fixed shapes."""
     _, words, position, has_gauss, gauss = np.random.get_state()

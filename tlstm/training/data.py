@@ -139,24 +139,26 @@ def tokenize(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     end_of_text = tokenizer.eos_token_id if len(files) > 1 else None
     characters = tokens = 0
-    staged = data.with_name(f".{data.name}.{os.getpid()}")
-    with open(staged, "wb") as out:
-        for file in files:
-            text = _read_text(file)
-            block = tokenizer.encode_array(text).astype(dtype)
-            if end_of_text is not None:
-                block = np.append(block, dtype.type(end_of_text))
-            out.write(block.tobytes())
-            characters += len(text)
-            tokens += len(block)
-        out.flush()
-        os.fsync(out.fileno())
-    if tokens == 0:
-        staged.unlink()
-        raise ValueError(f"{path}: expected text to train on, found none; the file is empty")
+    staged = data.with_name(f".{data.name}.staged")
+    try:
+        with open(staged, "wb") as out:
+            for file in files:
+                text = _read_text(file)
+                block = tokenizer.encode_array(text).astype(dtype)
+                if end_of_text is not None:
+                    block = np.append(block, dtype.type(end_of_text))
+                out.write(block.tobytes())
+                characters += len(text)
+                tokens += len(block)
+            out.flush()
+            os.fsync(out.fileno())
+        if characters == 0:
+            raise ValueError(f"{path}: expected text to train on, found none; the file is empty")
+        meta.unlink(missing_ok=True)  # never new ids under an old description
+        os.replace(staged, data)
+    finally:
+        staged.unlink(missing_ok=True)
     source |= {"characters": characters, "tokens": tokens, "dtype": dtype.str}
-    meta.unlink(missing_ok=True)  # never new ids under an old description
-    os.replace(staged, data)
     staged.write_text(json.dumps(source, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(staged, meta)
     return np.memmap(data, dtype=dtype, mode="r"), source

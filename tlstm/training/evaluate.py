@@ -84,6 +84,7 @@ def evaluate_stream(
     Raises:
         ValueError: fewer than two tokens per stream, or ids that are not a one-dimensional integer sequence.
     """
+    _check_positive(batch_streams=batch_streams, window=window)
     array = as_ids(ids, "ids")
     length = (len(array) - 1) // batch_streams
     if length < 1:
@@ -119,6 +120,7 @@ def evaluate_windows(
 
     Args and errors: as for `evaluate_stream`; `batch_size` windows run side by side, which changes nothing.
     """
+    _check_positive(window=window, batch_size=batch_size)
     array = as_ids(ids, "ids")
     if len(array) < 2:
         raise ValueError(f"expected at least 2 tokens to evaluate, got {len(array)}")
@@ -132,6 +134,12 @@ def evaluate_windows(
         if whole * window < len(array) - 1:
             meter.add(array[None, whole * window : -1], array[None, whole * window + 1 :], None)
     return meter.result(f"cold windows of {window} tokens", array[1:], tokenizer)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
 class _Meter:

@@ -42,7 +42,7 @@ def begin(trainer: Trainer, resume: bool | str | os.PathLike[str]) -> None:
                 f"{trainer.out_dir}: holds a run already, up to {existing[-1].name}; resume it (resume=True, or "
                 "--resume), or choose another output folder"
             )
-        torch.manual_seed(trainer.config.seed + trainer.world.rank)
+        files.seed_everything(trainer.config.seed + trainer.world.rank)
         if trainer.world.is_main:
             trainer.log.start()
     else:
