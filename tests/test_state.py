@@ -72,7 +72,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     save_file({"weight": torch.zeros(2)}, foreign)
     with pytest.raises(ValueError, match="garbage"):
         LSTMState.load(garbage)
-    with pytest.raises(ValueError, match="LSTMState.save"):
+    with pytest.raises(ValueError, match=r"LSTMState\.save"):
         LSTMState.load(foreign)
     with pytest.raises(FileNotFoundError):
         LSTMState.load(tmp_path / "nowhere")

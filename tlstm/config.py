@@ -148,8 +148,8 @@ class LSTMConfig:
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"{source}: expected model_type {cls.model_type!r}, got {model_type!r}. This is a checkpoint of another "
-                "kind of model; load it with the library that wrote it."
+                f"{source}: expected model_type {cls.model_type!r}, got {model_type!r}; this is a checkpoint of "
+                "another kind of model: load it with the library that wrote it"
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         if "vocab_size" not in values:
@@ -222,7 +222,9 @@ class LSTMConfig:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
         if self.initializer not in INITIALIZERS:
             raise ValueError(f"initializer: expected one of {INITIALIZERS}, got {self.initializer!r}")
-        if self.initializer_range is not None and not (_is_number(self.initializer_range) and self.initializer_range > 0):
+        if self.initializer_range is not None and not (
+            _is_number(self.initializer_range) and self.initializer_range > 0
+        ):
             raise ValueError(f"initializer_range: expected a positive number or null, got {self.initializer_range!r}")
         if not _is_number(self.forget_bias):
             raise ValueError(f"forget_bias: expected a finite number, got {self.forget_bias!r}")

@@ -79,6 +79,15 @@ class LSTMState:
     def device(self) -> torch.device:
         return self.h[0].device
 
+    def check_widths(self, output_sizes: Sequence[int], widths: Sequence[int]) -> None:
+        """Raise `ValueError` unless layer `l` holds `h` of width `output_sizes[l]` and `c` of width `widths[l]`."""
+        h, c = [tensor.shape[1] for tensor in self.h], [tensor.shape[1] for tensor in self.c]
+        if h != list(output_sizes) or c != list(widths):
+            raise ValueError(
+                f"state: expected h of widths {list(output_sizes)} and c of widths {list(widths)}, got {h} and {c}; "
+                "it was made by another model: load that one, or read the text with this one"
+            )
+
     def __repr__(self) -> str:
         widths = [tensor.shape[1] for tensor in self.c]
         return f"LSTMState(batch_size={self.batch_size}, widths={widths}, dtype={self.dtype}, device='{self.device}')"
@@ -163,7 +172,9 @@ class LSTMState:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error}); save the state again") from None
         if kind != FORMAT:
-            raise ValueError(f"{path}: expected a file of format {FORMAT!r}, got {kind!r}; write it with LSTMState.save")
+            raise ValueError(
+                f"{path}: expected a file of format {FORMAT!r}, got {kind!r}; write it with LSTMState.save"
+            )
         try:
             return cls.from_tensors(tensors)
         except ValueError as error:

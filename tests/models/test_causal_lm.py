@@ -67,9 +67,7 @@ def test_ignored_labels_and_padding_do_not_count():
 
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    torch.testing.assert_close(
-        model(ids, mask, labels=ids).loss, losses[mask[:, 1:].bool()].mean(), rtol=1e-13, atol=0
-    )
+    torch.testing.assert_close(model(ids, mask, labels=ids).loss, losses[mask[:, 1:].bool()].mean(), rtol=1e-13, atol=0)
 
 
 def test_left_padded_rows_score_as_alone():
@@ -77,9 +75,7 @@ def test_left_padded_rows_score_as_alone():
     ids = torch.randint(31, (2, 7))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    torch.testing.assert_close(
-        model(ids, mask).logits[0, 3:], model(ids[:1, 3:]).logits[0], rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(model(ids, mask).logits[0, 3:], model(ids[:1, 3:]).logits[0], rtol=0, atol=1e-13)
 
 
 def test_half_precision_loss_is_computed_in_float32():

@@ -61,28 +61,32 @@ class LSTMModel(PreTrainedModel):
         config = self.config
         spread = 0.1 if config.initializer_range is None else config.initializer_range
         nn.init.uniform_(self.embedding.weight, -spread, spread)
-        for layer, width in zip(self.layers, config.widths, strict=True):
-            layer.reset_parameters()
-            if config.initializer == "orthogonal":
-                for gate in layer.weight_hh_l0.chunk(4):
-                    nn.init.orthogonal_(gate)
-                if config.bias:
-                    nn.init.zeros_(layer.bias_ih_l0)
-                    nn.init.zeros_(layer.bias_hh_l0)
-            if config.bias:
-                layer.bias_ih_l0[width : 2 * width] += config.forget_bias
+        for layer in self.layers:
+            assert isinstance(layer, LSTM)
+            self._reset_layer(layer)
         if isinstance(self.projection, nn.Linear):
             bound = 1 / math.sqrt(self.projection.in_features)
             nn.init.uniform_(self.projection.weight, -bound, bound)
             nn.init.zeros_(self.projection.bias)
 
+    def _reset_layer(self, layer: LSTM) -> None:
+        layer.reset_parameters()
+        weights = dict(layer.named_parameters())
+        biases = [weight for name, weight in weights.items() if name.startswith("bias")]
+        if self.config.initializer == "orthogonal":
+            for gate in weights["weight_hh_l0"].chunk(4):
+                nn.init.orthogonal_(gate)
+            for bias in biases:
+                nn.init.zeros_(bias)
+        if biases:
+            forget_gate = slice(layer.hidden_size, 2 * layer.hidden_size)
+            weights["bias_ih_l0"][forget_gate] += self.config.forget_bias
+
     def zero_state(self, batch_size: int) -> LSTMState:
         """The state before any input, for `batch_size` streams, in the model's dtype and on its device."""
         config = self.config
         weight = self.embedding.weight
-        return LSTMState.zeros(
-            config.output_sizes, config.widths, batch_size, dtype=weight.dtype, device=weight.device
-        )
+        return LSTMState.zeros(config.output_sizes, config.widths, batch_size, dtype=weight.dtype, device=weight.device)
 
     def forward(
         self,
@@ -146,8 +150,8 @@ class LSTMModel(PreTrainedModel):
         except IndexError:
             wrong = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
             raise ValueError(
-                f"input_ids: expected ids from 0 to {self.config.vocab_size - 1} (vocab_size {self.config.vocab_size}), "
-                f"got {wrong.flatten()[:5].tolist()}; encode the text with this model's own tokenizer"
+                f"input_ids: expected ids from 0 to {self.config.vocab_size - 1}, the vocabulary of this model, got "
+                f"{wrong.flatten()[:5].tolist()}; encode the text with this model's own tokenizer"
             ) from None
 
     def _locked_dropout(self, x: Tensor, p: float) -> Tensor:
@@ -169,17 +173,12 @@ class LSTMModel(PreTrainedModel):
             )
 
     def _check_state(self, state: LSTMState, batch_size: int) -> None:
-        config = self.config
         if not isinstance(state, LSTMState):
             raise ValueError(
-                f"state: expected an LSTMState, got {type(state).__name__}; use a model output's `state` or zero_state(B)"
+                f"state: expected an LSTMState, got {type(state).__name__}; "
+                "use a model output's `state` or zero_state(batch_size)"
             )
-        got_h, got_c = [t.shape[1] for t in state.h], [t.shape[1] for t in state.c]
-        if got_h != config.output_sizes or got_c != config.widths:
-            raise ValueError(
-                f"state: this model's layers hold h of widths {config.output_sizes} and c of widths {config.widths}, got "
-                f"{got_h} and {got_c}; the state comes from another model"
-            )
+        state.check_widths(self.config.output_sizes, self.config.widths)
         if state.batch_size != batch_size:
             raise ValueError(
                 f"state: expected {batch_size} streams as in input_ids, got {state.batch_size}; "
