@@ -28,8 +28,11 @@ class CheckpointError(ValueError):
     """A checkpoint's files are damaged, contradict each other or are of a kind that is not read."""
 
 
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A folder, or a file that a checkpoint needs, does not exist."""
+class CheckpointNotFoundError(FileNotFoundError, CheckpointError):
+    """A folder, or a file that a checkpoint needs, does not exist. Made of `errno.ENOENT` and the message."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
 
 
 @dataclass(frozen=True)

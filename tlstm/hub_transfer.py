@@ -46,7 +46,7 @@ def checkpoint_folder(
         raise ValueError(f"subfolder: expected a relative path such as 'checkpoints/best', got {subfolder!r}")
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path / (subfolder or "")
     if path.is_file():
         raise CheckpointNotFoundError(
@@ -54,7 +54,7 @@ def checkpoint_folder(
         )
     if not isinstance(name_or_path, str) or _looks_like_a_path(name):
         raise CheckpointNotFoundError(
-            errno.ENOENT, f"no such checkpoint folder: {path}; check the path (a Hub repo is named like 'user/model')"
+            errno.ENOENT, f"no such checkpoint folder: {name!r}; check the path (a Hub repo is named like 'user/model')"
         )
     prefix = f"{subfolder}/" if subfolder else ""
     shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")

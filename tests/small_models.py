@@ -1,0 +1,37 @@
+"""Small models for tests that save and load them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tlstm import LSTMConfig, LSTMForCausalLM
+
+# torch lists its constructors when `torch.device` first chooses a device for them; it must do so before conftest wraps
+# them, or models made for the meta device take memory in tests that they do not take elsewhere.
+with torch.device("meta"):
+    torch.empty(0)
+
+SMALL = {"vocab_size": 13, "hidden_size": 7, "num_layers": 2}
+
+
+def causal_lm(seed: int = 0, **overrides) -> LSTMForCausalLM:
+    torch.manual_seed(seed)
+    return LSTMForCausalLM(LSTMConfig(**{**SMALL, **overrides})).eval()
+
+
+def assert_same_model(found: nn.Module, expected: nn.Module) -> None:
+    found_state, expected_state = found.state_dict(), expected.state_dict()
+    assert list(found_state) == list(expected_state)
+    for name, tensor in expected_state.items():
+        assert found_state[name].dtype == tensor.dtype
+        assert torch.equal(found_state[name], tensor), name
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change settings in a JSON file; a value of `...` removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
