@@ -46,13 +46,15 @@ def add_dataclass_arguments(
     exclude: Collection[str] = (),
     aliases: Mapping[str, Sequence[str]] | None = None,
     escaped: Collection[str] = (),
+    texts: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> None:
     """Add one flag per field of `cls`, in the groups of its docstring.
 
     Args:
         exclude: fields that are no flags. aliases: further flags of a field. escaped: text fields that take
-            backslash escapes. prefix: put before the groups' titles.
+            backslash escapes. texts: help for fields whose docstring speaks of Python. prefix: put before the
+            groups' titles.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -75,7 +77,7 @@ def add_dataclass_arguments(
             *(aliases or {}).get(entry.name, ()),
             dest=entry.name,
             default=argparse.SUPPRESS,
-            help=_help(entry.text, fields[entry.name], speak),
+            help=_help((texts or {}).get(entry.name, entry.text), fields[entry.name], speak),
             **options,
         )
 

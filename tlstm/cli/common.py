@@ -53,7 +53,7 @@ class ModelSource:
         if text is None:
             return cls(str(default_checkpoint()), None, True)
         path = Path(text).expanduser()
-        if path.exists():
+        if text and path.exists():  # "" would be the current folder
             return cls(str(path), None, True)
         repo, _, revision = text.partition("@")
         if path.is_absolute() or text.startswith((".", "~")) or repo.count("/") != 1 or not all(repo.split("/")):

@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         exclude=API_FIELDS,
         aliases={"stop_strings": ("--stop",), "do_sample": ("--sample",)},
         escaped=("stop_strings",),
+        texts={
+            "stop_strings": "end with the token that completes this text; may be repeated, \\n is a line end",
+            "do_sample": "draw from the distribution (default: on, unless --num-beams)",
+            "seed": "repeats a text: a 64-bit number, or one per prompt (default: a fresh one, told with the figures)",
+            "early_stopping": "end a beam search when --num-beams texts are complete (true), when a better one is "
+            "unlikely (false, the default), or impossible (never)",
+            "eos_token_id": "ids that end a sequence; [] for none",
+        },
     )
     parser.add_argument_group("shorthands").add_argument(
         "--greedy",
@@ -101,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
             result = generate_many(model, tokenizer, prompts, state, settings, stop)
     else:
         with stop:
-            if not args.no_echo:
-                write("".join(words))
-            result = generate_one(model, tokenizer, prompts[0] if prompts else None, state, settings, stop, write)
+            prompt = prompts[0] if prompts else None
+            result = generate_one(model, tokenizer, prompt, state, settings, stop, write, echo=not args.no_echo)
             if not result.reader_gone:
                 write("\n")
     if args.state_out is not None:

@@ -116,8 +116,13 @@ def generate_one(
     settings: dict[str, Any],
     stop: StopRequest,
     emit: Callable[[str], None],
+    *,
+    echo: bool,
 ) -> Result:
-    """One text, handed to `emit` piece by piece. A stop request ends it after the token in the making."""
+    """One text, handed to `emit` piece by piece, after its prompt where `echo` says so.
+
+    A stop request ends it after the token in the making.
+    """
     words, ids = prompt if prompt is not None else ("", [])
     stream = model.generate_stream([ids] if prompt is not None else None, state=state, tokenizer=tokenizer, **settings)
     decoder = _Decoder(tokenizer, [*(state.tokens[0].tolist() if state is not None else ()), *ids])
@@ -129,6 +134,8 @@ def generate_one(
         emit(piece)
 
     try:
+        if echo:  # only now: whatever is wrong with the settings has been told
+            emit(words)
         while stop.signal is None:
             token = next(stream, None)
             if token is None:

@@ -79,7 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fine-tune this checkpoint; its tokenizer and sizes are kept, dropouts may be set anew",
     )
     arguments.add_dataclass_arguments(
-        parser, TrainingConfig, aliases={"valid_data": ("--valid",)}, escaped=("sample_prompt",)
+        parser,
+        TrainingConfig,
+        aliases={"valid_data": ("--valid",)},
+        escaped=("sample_prompt",),
+        texts={
+            "data": "text file, or folder of *.txt files, to train on",
+            "plot": "write the loss curve; needs matplotlib (default: on)",
+            "tensorboard": "also write TensorBoard events; needs tensorboard (default: off)",
+            "sample_prompt": "text that samples continue; \\n is a line end (the default)",
+            "sample_tokens": "length of a sample (default: 200)",
+        },
     )
     arguments.add_dataclass_arguments(
         parser,
