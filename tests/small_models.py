@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from tlstm import LSTMConfig, LSTMForCausalLM
 
@@ -35,3 +36,8 @@ def rewrite(path: Path, **changes: object) -> None:
     """Change settings in a JSON file; a value of `...` removes one."""
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """Copies of a safetensors file's tensors, which stay what they are when the file is overwritten in place."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from small_models import SMALL, assert_same_model, causal_lm, rewrite
+from safetensors.torch import save_file
+from small_models import SMALL, assert_same_model, causal_lm, rewrite, tensors_in
 from torch import nn
 
 from tlstm import LSTMConfig, LSTMForCausalLM, Tokenizer, __version__
@@ -55,7 +55,7 @@ class TestRoundTrip:
         assert (config["model_type"], config["dtype"], config["tlstm_version"]) == ("tlstm", "bfloat16", __version__)
         assert list(config) == sorted(config)
         assert text.endswith("}\n")
-        assert list(load_file(tmp_path / "model.safetensors")) == sorted(model.state_dict())
+        assert list(tensors_in(tmp_path / "model.safetensors")) == sorted(model.state_dict())
         assert model.config.architectures is None, "saving does not change the model"
 
     def test_tokenizer_and_further_files_are_part_of_the_set(self, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ class TestTiedWeights:
     def test_stored_once_and_tied_again(self, tmp_path: Path) -> None:
         model = causal_lm(tie_word_embeddings=True)
         model.save_pretrained(tmp_path)
-        assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+        assert "lm_head.weight" not in tensors_in(tmp_path / "model.safetensors")
         for options in ({}, {"dtype": "bfloat16"}, {"strict": False}):
             loaded = LSTMForCausalLM.from_pretrained(tmp_path, **options)
             assert loaded.lm_head.weight is loaded.model.embedding.weight
@@ -150,7 +150,7 @@ class TestTiedWeights:
         model = causal_lm(tie_word_embeddings=True)
         model.save_pretrained(tmp_path)
         path = tmp_path / "model.safetensors"
-        tensors = load_file(path)
+        tensors = tensors_in(path)
         weight = tensors["model.embedding.weight"]
         save_file({**tensors, "lm_head.weight": weight.clone()}, path)
         assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path), model)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from small_models import SMALL, assert_same_model, causal_lm, rewrite
+from safetensors.torch import save_file
+from small_models import SMALL, assert_same_model, causal_lm, rewrite, tensors_in
 
 from tlstm import LSTMConfig, LSTMForCausalLM, LSTMModel
 from tlstm.checkpoint_files import CheckpointError, CheckpointNotFoundError
@@ -17,7 +17,7 @@ from tlstm.checkpoint_files import CheckpointError, CheckpointNotFoundError
 class TestStrictness:
     def test_missing_unexpected_and_mismatched_are_one_error(self, tmp_path: Path) -> None:
         causal_lm().save_pretrained(tmp_path)
-        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = tensors_in(tmp_path / "model.safetensors")
         del tensors["lm_head.bias"]
         tensors["lm_head.scale"] = torch.ones(3)
         tensors["model.embedding.weight"] = torch.ones(13, 8)
@@ -72,7 +72,7 @@ class TestStrictness:
 
     def test_missing_tensors_take_the_dtype_asked_for(self, tmp_path: Path) -> None:
         causal_lm().save_pretrained(tmp_path)
-        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = tensors_in(tmp_path / "model.safetensors")
         save_file({"lm_head.bias": tensors["lm_head.bias"].half()}, tmp_path / "model.safetensors")
         for dtype, expected in (("auto", torch.float16), ("float64", torch.float64)):
             model = LSTMForCausalLM.from_pretrained(tmp_path, strict=False, dtype=dtype)
