@@ -61,7 +61,8 @@ def test_two_processes_give_the_losses_of_one(two_processes: Path, tmp_path: Pat
     one, two = (log_without_times(path) for path in (tmp_path, two_processes / "exact"))
     assert [record["event"] for record in one] == [record["event"] for record in two]
     for mine, theirs in zip(one, two, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-11)
+        numbers = {key for key, value in mine.items() if not isinstance(value, str)}
+        assert {key: mine[key] for key in numbers} == pytest.approx({key: theirs[key] for key in numbers}, rel=1e-11)
     assert sum(record["event"] == "train" for record in one) == 7
 
 

@@ -212,6 +212,8 @@ def test_errors(tmp_path: Path) -> None:
         make_trainer(tmp_path, sample_every=5)
     with pytest.raises(ValueError, match="the training text is too short"):
         make_trainer(tmp_path, window=101)
+    with pytest.raises(ValueError, match="the validation text is too short: expected at least 2 tokens, got 1"):
+        Trainer(make_model(), config=make_config(), data=TrainingData.from_ids([1] * 99, [1]), out_dir=tmp_path)
     with pytest.raises(ValueError, match="there is no validation data"):
         Trainer(make_model(), config=make_config(), data=TrainingData.from_ids([1] * 99), out_dir=tmp_path).evaluate()
     with pytest.raises(FloatingPointError, match=r"training loss is nan at step \d+; lower lr"):

@@ -72,10 +72,9 @@ def join_world(device: torch.device | str | None = None) -> World:
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device is None:
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -89,7 +88,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """The model itself, or its `DistributedDataParallel`, which starts by copying process 0's weights to all."""
     if world.size == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def synchronising(net: nn.Module, last: bool) -> AbstractContextManager[object]:

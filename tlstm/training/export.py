@@ -132,7 +132,9 @@ def sample(trainer: Trainer) -> str:
                 temperature=SAMPLE_TEMPERATURE,
                 max_new_tokens=config.sample_tokens,
                 seed=config.seed + trainer.progress.step,
+                return_dict_in_generate=False,
             )
     finally:
         model.train(was_training)
+    assert isinstance(tokens, torch.Tensor)
     return trainer.tokenizer.decode(tokens[0])

@@ -21,6 +21,8 @@ def training(trainer: Trainer, bar: tqdm[Any]) -> None:
     progress = trainer.progress
     loss = trainer.take_mean(0)
     norm = None if trainer.grad_norm is None else float(trainer.grad_norm)
+    if norm is not None and not math.isfinite(norm):
+        norm = None  # a step that float16's loss scaling skipped; JSON has no infinity
     tokens, seconds = progress.tokens - trainer.mark[0], progress.seconds - trainer.mark[1]
     trainer.mark = (progress.tokens, progress.seconds)
     speed = round(tokens / seconds, 1) if seconds > 0 else 0.0

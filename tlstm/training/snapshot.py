@@ -123,7 +123,8 @@ def restore(trainer: Trainer, path: Path) -> None:
     if trainer.average is not None:
         for name, average in trainer.average.tensors.items():
             average.copy_(tensors["average"][name])
-    own = {name: stacked[trainer.world.rank] for name, stacked in tensors["processes"].items()}
+    # Cloned, because a generator takes its state from the start of the storage, whatever row the view shows.
+    own = {name: stacked[trainer.world.rank].clone() for name, stacked in tensors["processes"].items()}
     trainer.states = [_state(own, part, trainer.world.device) for part in range(values["parts"])]
     trainer.sums.copy_(own["sums"])
     trainer.progress = Progress(**values["progress"])

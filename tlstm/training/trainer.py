@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,11 @@ class Trainer:
         self.model = model.to(self.world.device)
         self.data = data if data is not None else self._read_text()
         self.data.check_vocabulary(model.config.vocab_size)
+        if self.data.valid is not None and len(self.data.valid) < 2:
+            raise ValueError(
+                f"the validation text is too short: expected at least 2 tokens, got {len(self.data.valid)}; raise "
+                "valid_fraction, or set it to 0 for no validation"
+            )
         self.batches = StreamBatches(
             self.data.train,
             batch_size=self.config.batch_size,
@@ -141,7 +146,7 @@ class Trainer:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         snapshot.begin(self, resume)
-        with self._stop, self._bar() as bar:
+        with self._stop, closing(self.log), self._bar() as bar:
             self._clock = time.monotonic() - self.progress.seconds
             self.mark = (self.progress.tokens, self.progress.seconds)
             interrupted = self._should_stop()
@@ -154,13 +159,11 @@ class Trainer:
                 bar.update(batch.inputs.numel() * self.world.size)
                 self._after_step(batch, bar)
                 interrupted = self._should_stop()
-            if self.progress.step < self.total_steps:
-                path = snapshot.save(self)
-                self.log.close()
-                return TrainingResult("interrupted", self.progress.step, self._stop.signal, checkpoint=path)
             path = snapshot.save(self)
+            if self.progress.step < self.total_steps:
+                self._stop_asked = False  # the same trainer may go on later
+                return TrainingResult("interrupted", self.progress.step, self._stop.signal, path)
             figures = export.finish(self) if self.world.is_main else None
-        self.log.close()
         model_dir = self.out_dir / export.MODEL_DIR
         return TrainingResult("finished", self.progress.step, None, path, model_dir, figures)
 
