@@ -281,7 +281,8 @@ def _sequences(request: _Request, new_tokens: Sequence[Sequence[int]]) -> Tensor
     """Prompts and new tokens as one rectangle, on the model's device."""
     width = max(map(len, new_tokens))
     config = request.config
-    if config.pad_token_id is None and not config.eos_ids and any(len(ids) < width for ids in new_tokens):
+    filled = config.pad_token_id is None and not config.eos_ids and any(len(ids) < width for ids in new_tokens)
+    if filled and not config.return_dict_in_generate:  # `new_tokens` tells where each one ends
         warnings.warn(
             "the sequences differ in length and there is no pad_token_id, so the shorter ones are filled with id 0; "
             "set pad_token_id, or read new_tokens with return_dict_in_generate=True",
