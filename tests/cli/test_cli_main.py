@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub.errors
 import pytest
@@ -124,10 +125,11 @@ def test_which_errors_are_the_users():
     response_error = huggingface_hub.errors.LocalEntryNotFoundError("not\n\n  cached")
     assert is_user_error(response_error)
     assert describe(response_error) == "not cached"
-    try:
-        open("/no/such/file")
-    except OSError as error:
-        assert describe(error) == "/no/such/file: No such file or directory"
+    with pytest.raises(OSError, match="No such file") as caught:
+        Path("/no/such/file").read_bytes()
+    assert describe(caught.value) == "/no/such/file: No such file or directory"
+    caught.value.add_note("a note")
+    assert describe(caught.value).endswith("directory (a note)")
     assert describe(ValueError()) == "ValueError"
     assert not is_user_error(TypeError("bug"))
     assert not is_user_error(RuntimeError("bug"))
@@ -137,7 +139,7 @@ def test_which_errors_are_the_users():
 def test_default_checkpoint(tmp_path, monkeypatch):
     """An installed wheel has it inside the package, a source checkout beside it."""
     monkeypatch.setattr(tlstm, "__file__", str(tmp_path / "site" / "tlstm" / "__init__.py"))
-    with pytest.raises(FileNotFoundError, match="shakespeare-char.*--model"):
+    with pytest.raises(FileNotFoundError, match=r"shakespeare-char.*--model"):
         default_checkpoint()
     places = [tmp_path / "site" / "model_cards", tmp_path / "site" / "tlstm" / "model_cards"]
     for place in places:  # the later one is preferred

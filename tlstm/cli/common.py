@@ -118,7 +118,7 @@ def load_model(source: ModelSource, args: argparse.Namespace) -> tuple[LSTMForCa
     dtype: Any = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = LSTMForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
     tokenizer = Tokenizer.from_pretrained(folder)
-    set_backend(model, args.backend)
+    set_backend(model, args.backend, device)
     return model.eval(), tokenizer
 
 
@@ -131,12 +131,11 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def set_backend(model: torch.nn.Module, backend: str) -> None:
-    """Give every LSTM layer of the model this backend; one that cannot run is a `BackendUnavailableError`."""
+def set_backend(model: torch.nn.Module, backend: str, device: torch.device) -> None:
+    """Give every LSTM layer of the model this backend; `BackendUnavailableError` where it cannot run on `device`."""
     from tlstm.functional import resolve_backend
     from tlstm.layer import LSTM
 
-    device = next(model.parameters()).device
     resolve_backend(backend, device)
     for module in model.modules():
         if isinstance(module, LSTM):

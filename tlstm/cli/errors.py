@@ -25,7 +25,8 @@ class UsageError(ValueError):
 
 def is_user_error(error: Exception) -> bool:
     """Whether the error is about input, files, network or machine rather than a bug of this program."""
-    foreign = tuple(getattr(sys.modules[module], name) for module, name in _FOREIGN if module in sys.modules)
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _FOREIGN)
+    foreign = tuple(kind for kind in found if kind is not None)
     # A missing optional package (ImportError) is told by the code that wants it, with its remedy.
     return isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, *foreign))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,25 +103,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch.distributed
+
     from tlstm.training import Trainer
     from tlstm.training.distributed import join_world
 
     out = Path(args.out)
     settings, config = read_settings(args, out)
-    world = join_world(None if args.device == "auto" else find_device(args.device))
+    device = find_device(args.device)
+    # Without a number each process takes its own GPU.
+    world = join_world(None if args.device == "auto" or str(device) == "cuda" else device)
     check_folder(out, resume=args.resume is not False)
     model, tokenizer = resumed_run(out, settings) if args.resume else new_run(out, settings, config, world)
-    set_backend(model, args.backend)
-    _log_to_stderr(world.is_main)
-    trainer = Trainer(model, tokenizer, config, out_dir=out, device=world.device, command=args.command_line)
-    if world.is_main:
-        print(_summary(trainer, tokenizer), flush=True)
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    with logging_redirect_tqdm(loggers=[logging.getLogger("tlstm")]):
+    set_backend(model, args.backend, world.device)
+    with _log_to_stderr(world.is_main):
+        trainer = Trainer(model, tokenizer, config, out_dir=out, device=world.device, command=args.command_line)
+        if world.is_main:
+            print(_summary(trainer, tokenizer), flush=True)
         result = trainer.train(resume=args.resume)
     if world.is_main:
         _report(result, out, world.size)
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
     return result.exit_code
 
 
@@ -156,11 +161,20 @@ def _report(result: TrainingResult, out: Path, processes: int) -> None:
     print(f"model   {result.model_dir}; try: tlstm generate --model {shlex.quote(str(result.model_dir))}")
 
 
-def _log_to_stderr(is_main: bool) -> None:
-    logger = logging.getLogger("tlstm")
+@contextlib.contextmanager
+def _log_to_stderr(is_main: bool) -> Iterator[None]:
+    """What the trainer reports, above its progress bar; from process 0 only."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logger, handler = logging.getLogger("tlstm"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level, logger.propagate
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm(loggers=[logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
