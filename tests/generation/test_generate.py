@@ -220,7 +220,12 @@ def test_empty_prompts_begin_with_bos(build_model) -> None:
 def test_forms_of_one_prompt(model) -> None:
     expected = model.generate([[1, 2, 3]], max_new_tokens=5)
     mask = torch.ones(1, 3, dtype=torch.bool)
-    forms = [[1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]], dtype=torch.int32), [torch.tensor([1, 2, 3])]]
+    forms = [
+        [1, 2, 3],
+        torch.tensor([1, 2, 3]),
+        torch.tensor([[1, 2, 3]], dtype=torch.int32),
+        [torch.tensor([1, 2, 3])],
+    ]
     for ids in [*forms, torch.tensor([[1, 2, 3]]).numpy()]:
         assert torch.equal(model.generate(ids, max_new_tokens=5), expected)
     assert torch.equal(model.generate(torch.tensor([[1, 2, 3]]), mask, max_new_tokens=5), expected)
