@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from cli_helpers import FIGURES, load, tokens_of
+from generate_outcomes import FIGURES, load, tokens_of
 
 from tlstm import Tokenizer
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from cli_helpers import FIGURES, load, tokens_of
+from generate_outcomes import FIGURES, load, tokens_of
 
 from tlstm import GenerationState
 from tlstm.cli.generate_texts import generate_many
