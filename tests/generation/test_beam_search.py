@@ -176,4 +176,5 @@ def test_beams_end_by_time_and_by_stop_string(model) -> None:
         found = Letters().decode([1, *new]).find(text[3:5])
         assert found == (len(new) - 1 if reason == "stop_string" else -1)
     late = search(model, [[1]], num_beams=3, max_new_tokens=10**6, max_time=1e-9)
-    assert late.finish_reasons == ["time"] and len(late.new_tokens[0]) == 1
+    assert late.finish_reasons == ["time"]
+    assert len(late.new_tokens[0]) == 1

@@ -1,4 +1,4 @@
-"""`generate` against a loop that runs the whole text through the model for every token, and alone against in a batch."""
+"""`generate` against a loop that runs the whole text through the model for every token, and alone against in batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import transformers
 
 from tlstm import GenerateOutput, GenerationConfig, LSTMForCausalLM
 from tlstm.philox import seed_words, token_noise
+import itertools
 
 SAMPLING = {"do_sample": True, "seed": 2**63 + 5, "temperature": 1.2, "top_k": 9, "top_p": 0.95}
 
@@ -72,11 +73,12 @@ def test_every_setting_together_is_what_transformers_processors_give(model, prom
     out = run(model, prompts, max_new_tokens=25, seed=99, **settings)
     for prompt, new in zip(prompts, out.new_tokens, strict=True):
         assert new == continue_naively(model, prompt, 25, chain, seed=99)
-        assert 4 not in new and 11 not in new
+        assert 4 not in new
+        assert 11 not in new
         triples = list(zip(*[(prompt + new)[i:] for i in range(3)], strict=False))
         made = triples[max(0, len(prompt) - 2) :]
         assert len(set(made)) == len(made)
-        assert (2, 5) not in set(zip(new, new[1:], strict=False))
+        assert (2, 5) not in set(itertools.pairwise(new))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -131,7 +133,8 @@ def test_rows_that_end_early_leave_the_others_as_they_were(model, prompts) -> No
 
 def test_several_continuations_of_one_prompt(model, prompts) -> None:
     out = run(model, prompts[:2], num_return_sequences=3, do_sample=True, seed=4, max_new_tokens=15)
-    assert len(out.new_tokens) == 6 and len(set(map(tuple, out.new_tokens))) == 6
+    assert len(out.new_tokens) == 6
+    assert len(set(map(tuple, out.new_tokens))) == 6
     for row, new in enumerate(out.new_tokens):
         prompt = prompts[row // 3]
         assert new == continue_naively(model, prompt, 15, seed=4, index=row % 3)
@@ -163,7 +166,8 @@ def test_min_new_tokens_forbids_the_end_until_then(model, prompts) -> None:
     held = run(model, prompts, max_new_tokens=20, min_new_tokens=9, eos_token_id=[5, 7], pad_token_id=0, **SAMPLING)
     assert min(map(len, free.new_tokens)) < 9
     for prompt, new in zip(prompts, held.new_tokens, strict=True):
-        assert len(new) > 9 and not {5, 7} & set(new[:9])
+        assert len(new) > 9
+        assert not {5, 7} & set(new[:9])
         processor = transformers.MinNewTokensLengthLogitsProcessor(len(prompt), 9, [5, 7])
         chain = [
             processor,
@@ -200,7 +204,8 @@ def test_the_models_own_end_token_is_used_unless_switched_off(build_model) -> No
     model = build_model(eos_token_id=7, bos_token_id=3, pad_token_id=0)
     assert run(model, [[1, 2]], max_new_tokens=200, **SAMPLING).finish_reasons == ["eos"]
     endless = run(model, [[1, 2]], max_new_tokens=200, eos_token_id=[], **SAMPLING)
-    assert endless.finish_reasons == ["length"] and 7 in endless.new_tokens[0]
+    assert endless.finish_reasons == ["length"]
+    assert 7 in endless.new_tokens[0]
 
 
 def test_empty_prompts_begin_with_bos(build_model) -> None:
@@ -246,7 +251,8 @@ def test_scores_are_the_processed_logits_of_each_step(model, prompts) -> None:
         assert (got[len(new) :] == -torch.inf).all()
         for step, scores in enumerate(out.scores[: len(new)]):
             assert scores.shape == (5, 13)
-            assert torch.isfinite(scores[row]).sum() <= 9 and torch.isfinite(scores[row, new[step]])
+            assert torch.isfinite(scores[row]).sum() <= 9
+            assert torch.isfinite(scores[row, new[step]])
             kept = torch.isfinite(scores[row])
             torch.testing.assert_close(scores[row][kept], out.logits[step][row][kept] / 1.2)
 

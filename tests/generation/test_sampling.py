@@ -177,7 +177,7 @@ def test_a_row_does_not_depend_on_the_others(function) -> None:
 def test_a_row_without_a_token_is_an_error(function, vocab_size) -> None:
     logits = torch.zeros(2, vocab_size)
     logits[1] = -math.inf
-    with pytest.raises(ValueError, match="row 1: every token is forbidden.*relax"):
+    with pytest.raises(ValueError, match=r"row 1: every token is forbidden.*relax"):
         function(logits)
     logits[1, 3] = math.nan
     with pytest.raises(ValueError, match="row 1: the model's logits are not finite"):

@@ -105,7 +105,7 @@ def test_end_is_called_whatever_happens(model) -> None:
 def test_streamers_that_do_not_fit_are_refused(model, tokenizer) -> None:
     with pytest.raises(ValueError, match=r"expected an object with put\(tokens\) and end\(\), got list"):
         model.generate([[1]], streamer=[])
-    with pytest.raises(ValueError, match="takes one sequence, and 2 are generated.*supports_batch"):
+    with pytest.raises(ValueError, match=r"takes one sequence, and 2 are generated.*supports_batch"):
         model.generate([[1], [2]], streamer=TextStreamer(tokenizer, io.StringIO()))
     with pytest.raises(ValueError, match="beam search settles its tokens only at its end"):
         model.generate([[1]], streamer=Recorder(), num_beams=2)
