@@ -1,7 +1,8 @@
-"""`generate` against a loop that runs the whole text through the model for every token, and alone against in batches."""
+"""`generate` against a loop that reads the whole text anew for every token, and alone against in batches."""
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -10,7 +11,6 @@ import transformers
 
 from tlstm import GenerateOutput, GenerationConfig, LSTMForCausalLM
 from tlstm.philox import seed_words, token_noise
-import itertools
 
 SAMPLING = {"do_sample": True, "seed": 2**63 + 5, "temperature": 1.2, "top_k": 9, "top_p": 0.95}
 
