@@ -106,6 +106,31 @@ def test_other_recipes_resume_exactly(tmp_path: Path, options: dict) -> None:
     assert_same_run(tmp_path / "cut", tmp_path / "whole", STEPS)
 
 
+def test_loss_scaling_resumes_exactly(tmp_path: Path) -> None:
+    """The scaler of float16 runs, here in float32 with gradients that overflow in two steps: it falls and grows."""
+
+    def scaled(out_dir: Path) -> Trainer:
+        trainer = make_trainer(out_dir)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        overflow = lambda gradient: gradient / (trainer.progress.step not in (2, 21))  # noqa: E731
+        trainer.model.lm_head.weight.register_hook(overflow)
+        return trainer
+
+    scaled(tmp_path / "whole").train()
+    trainer = scaled(tmp_path / "cut")
+    stop_at(trainer, 23)
+    trainer.train()
+    stopped = checkpoint.read_checkpoint(tmp_path / "cut" / "checkpoints" / "step-00000023").values["scaler"]
+    assert stopped["scale"] == 2.0 ** (10 - 1 + 4 - 1)  # steps 3 to 20 double it four times
+    assert stopped["_growth_tracker"] == 1
+    trainer = scaled(tmp_path / "cut")
+    trainer.train(resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", STEPS)
+    norms = [record["grad_norm"] for record in log_without_times(tmp_path / "cut") if record["event"] == "train"]
+    assert norms[0] is None  # skipped, and still valid JSON
+    assert norms[-1] > 0
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_save_and_exit(tmp_path: Path, uninterrupted: Path, name: str) -> None:
     assert in_subprocess(name, tmp_path) == 128 + signal.Signals[name]
