@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizer_samples import CORPUS, KINDS, TOKENIZERS
 
-from tlstm.tokenizer import Tokenizer
-from tlstm.tokenizer_building import split_at_line_ends
+from tlstm.tokenizer.building import split_at_line_ends
+from tlstm.tokenizer.tokenizer import Tokenizer
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 corpus_text = st.text(st.sampled_from(sorted(set(CORPUS))))
@@ -80,9 +80,9 @@ def test_files_and_texts_train_the_same(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode_array_gives_the_ids_of_encode(kind, monkeypatch):
-    monkeypatch.setattr("tlstm.tokenizer_bulk._BLOCK", 63)
-    monkeypatch.setattr("tlstm.tokenizer_bulk._PIECE", 13)
-    monkeypatch.setattr("tlstm.tokenizer_bulk._BATCH", 3)
+    monkeypatch.setattr("tlstm.tokenizer.bulk._BLOCK", 63)
+    monkeypatch.setattr("tlstm.tokenizer.bulk._PIECE", 13)
+    monkeypatch.setattr("tlstm.tokenizer.bulk._BATCH", 3)
     tokenizer = TOKENIZERS[kind]
     marks = ["<eos>"] if tokenizer.eos_token_id is not None else ["<unk>"]
     draw = random.Random(7)

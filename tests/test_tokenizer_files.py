@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from tokenizer_samples import CORPUS, KINDS, TOKENIZERS
 
-from tlstm.tokenizer import Tokenizer
+from tlstm.tokenizer.tokenizer import Tokenizer
 
 TRANSFORMERS_MODEL_CONFIG = {
     "model_type": "tlstm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tlstm.tokenizer import Tokenizer
+from tlstm.tokenizer.tokenizer import Tokenizer
 
 CORPUS = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\n\n  All:\t speak, speak...\r\n"

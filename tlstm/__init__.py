@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from tlstm.checkpoint_files import CheckpointError
     from tlstm.config import LSTMConfig
     from tlstm.functional import BackendUnavailableError
-    from tlstm.generation import GenerateOutput
-    from tlstm.generation_config import GenerationConfig
-    from tlstm.generation_state import GenerationState
+    from tlstm.generation.config import GenerationConfig
+    from tlstm.generation.generate import GenerateOutput
+    from tlstm.generation.state import GenerationState
+    from tlstm.generation.streamers import TextIteratorStreamer, TextStreamer
     from tlstm.layer import LSTM
     from tlstm.models import BackboneOutput, CausalLMOutput, LSTMForCausalLM, LSTMModel
     from tlstm.pretrained import PreTrainedModel
     from tlstm.state import LSTMState
-    from tlstm.streamers import TextIteratorStreamer, TextStreamer
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
     from tlstm.training import Trainer, TrainingConfig
 
 _HOMES = {
@@ -36,18 +36,18 @@ _HOMES = {
     "BackendUnavailableError": "tlstm.functional",
     "CausalLMOutput": "tlstm.models",
     "CheckpointError": "tlstm.checkpoint_files",
-    "GenerateOutput": "tlstm.generation",
-    "GenerationConfig": "tlstm.generation_config",
-    "GenerationState": "tlstm.generation_state",
+    "GenerateOutput": "tlstm.generation.generate",
+    "GenerationConfig": "tlstm.generation.config",
+    "GenerationState": "tlstm.generation.state",
     "LSTM": "tlstm.layer",
     "LSTMConfig": "tlstm.config",
     "LSTMForCausalLM": "tlstm.models",
     "LSTMModel": "tlstm.models",
     "LSTMState": "tlstm.state",
     "PreTrainedModel": "tlstm.pretrained",
-    "TextIteratorStreamer": "tlstm.streamers",
-    "TextStreamer": "tlstm.streamers",
-    "Tokenizer": "tlstm.tokenizer",
+    "TextIteratorStreamer": "tlstm.generation.streamers",
+    "TextStreamer": "tlstm.generation.streamers",
+    "Tokenizer": "tlstm.tokenizer.tokenizer",
     "Trainer": "tlstm.training",
     "TrainingConfig": "tlstm.training",
 }

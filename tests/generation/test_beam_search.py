@@ -11,8 +11,8 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutput
 
 from tlstm import GenerateOutput, LSTMForCausalLM
-from tlstm.beam_search import beam_search
-from tlstm.generation_config import GenerationConfig
+from tlstm.generation.beam_search import beam_search
+from tlstm.generation.config import GenerationConfig
 
 
 def search(model, *args, **settings) -> GenerateOutput:

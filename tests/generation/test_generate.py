@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tlstm import GenerateOutput, GenerationConfig, LSTMForCausalLM
-from tlstm.philox import seed_words, token_noise
+from tlstm.generation.philox import seed_words, token_noise
 
 SAMPLING = {"do_sample": True, "seed": 2**63 + 5, "temperature": 1.2, "top_k": 9, "top_p": 0.95}
 
@@ -296,5 +296,5 @@ def test_half_precision_models_generate(build_model, dtype) -> None:
 def test_long_prompts_are_read_in_bounded_pieces(model, monkeypatch) -> None:
     texts = [torch.arange(101).remainder(13).tolist(), [1, 2, 3], torch.arange(50).remainder(11).tolist()]
     expected = run(model, texts, max_new_tokens=9).new_tokens
-    monkeypatch.setattr("tlstm.generation_prefill._PREFILL_TOKENS", 24)
+    monkeypatch.setattr("tlstm.generation.prefill._PREFILL_TOKENS", 24)
     assert run(model, texts, max_new_tokens=9).new_tokens == expected

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from tlstm import GenerationConfig
-from tlstm.generation_inputs import resolve_config
+from tlstm.generation.inputs import resolve_config
 
 FULL = {
     "max_new_tokens": 7,

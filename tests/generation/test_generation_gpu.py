@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tlstm import GenerationState
-from tlstm.philox import GumbelNoise
+from tlstm.generation.philox import GumbelNoise
 
 pytestmark = pytest.mark.gpu
 

@@ -11,9 +11,9 @@ import transformers
 from scipy import stats
 
 from tlstm import GenerationConfig
-from tlstm.generation_history import TokenHistory
-from tlstm.philox import GumbelNoise
-from tlstm.sampling import (
+from tlstm.generation.history import TokenHistory
+from tlstm.generation.philox import GumbelNoise
+from tlstm.generation.sampling import (
     LogitsProcessor,
     draw,
     forbid_bad_words,

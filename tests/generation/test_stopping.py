@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tlstm import Tokenizer
-from tlstm.stopping import StopStrings
+from tlstm.generation.stopping import StopStrings
 
 
 class Pieces:

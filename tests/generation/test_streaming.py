@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tlstm import TextIteratorStreamer, TextStreamer, Tokenizer
-from tlstm.generation import TokenStream
+from tlstm.generation.generate import TokenStream
 
 SAMPLING = {"do_sample": True, "seed": 12, "temperature": 1.2}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_CHECKPOINT = "shakespeare-char"
 
@@ -110,7 +110,7 @@ def load_model(source: ModelSource, args: argparse.Namespace) -> tuple[LSTMForCa
     import torch
 
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
     set_threads(args.threads)
     device = find_device(args.device)

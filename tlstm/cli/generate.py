@@ -37,7 +37,7 @@ _FRESH_SEEDS = 1 << 32  # short enough to be typed again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tlstm.generation_config import GenerationConfig
+    from tlstm.generation.config import GenerationConfig
 
     add_model_arguments(parser)
     prompt = parser.add_argument_group("prompt")
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tlstm.cli.generate_texts import encode_prompt, generate_many, generate_one, read_prompts
-    from tlstm.generation_state import GenerationState
+    from tlstm.generation.state import GenerationState
     from tlstm.training.interrupt import StopRequest
 
     if args.state_out is not None and not Path(args.state_out).absolute().parent.is_dir():
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def choose_settings(args: argparse.Namespace, model: LSTMForCausalLM, *, has_seeds: bool) -> dict[str, Any]:
     """What differs from the checkpoint's settings: the flags, sampling unless asked otherwise, a seed to name."""
-    from tlstm.generation_config import GenerationConfig
+    from tlstm.generation.config import GenerationConfig
 
     settings = arguments.given(args, GenerationConfig)
     defaults = model.generation_config

@@ -16,10 +16,10 @@ from tlstm.cli.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tlstm.generation_loop import Timings
-    from tlstm.generation_state import GenerationState
+    from tlstm.generation.loop import Timings
+    from tlstm.generation.state import GenerationState
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
     from tlstm.training.interrupt import StopRequest
 
 INTERRUPTED = "interrupted"
@@ -158,7 +158,7 @@ def generate_many(
     stop: StopRequest | None,
 ) -> Result:
     """Several texts in one batch: of several prompts, several of each, or by beam search (which cannot be stopped)."""
-    from tlstm.generation_loop import Timings
+    from tlstm.generation.loop import Timings
 
     copies = settings.get("num_return_sequences", model.generation_config.num_return_sequences)
     watcher = _Watcher(stop) if stop is not None else None

@@ -50,9 +50,9 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """
     from tlstm.config import LSTMConfig
     from tlstm.folder_view import FolderView, read_consistently
-    from tlstm.generation_config import GENERATION_CONFIG_NAME, GenerationConfig
+    from tlstm.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
     from tlstm.stored_weights import open_checkpoint, read_json
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
     def read(view: FolderView) -> dict[str, Any]:
         config = LSTMConfig.from_json(view.read_bytes("config.json"), source=str(view.folder / "config.json"))

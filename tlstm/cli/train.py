@@ -17,7 +17,7 @@ from tlstm.cli.train_setup import DERIVED_FIELDS, END_OF_TEXT, check_folder, new
 from tlstm.config import LSTMConfig
 
 if TYPE_CHECKING:
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
     from tlstm.training import Trainer, TrainingResult
 
 DESCRIPTION = """Train a language model on a text file, or on a folder of *.txt files.

@@ -17,7 +17,7 @@ from tlstm.config import CONFIG_NAME, LSTMConfig
 
 if TYPE_CHECKING:
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
     from tlstm.training import TrainingConfig
     from tlstm.training.distributed import World
 
@@ -104,7 +104,7 @@ def new_run(
     import torch
 
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
     from tlstm.training.data import text_files
 
     torch.manual_seed(config.seed)
@@ -134,7 +134,7 @@ def new_run(
 def resumed_run(out: Path, settings: dict[str, Any]) -> tuple[LSTMForCausalLM, Tokenizer]:
     """The model (its weights come from the checkpoint) and tokenizer that `new_run` noted."""
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
     given = sorted(set(settings) & set(_SOURCE_SETTINGS))
     if given:
@@ -151,7 +151,7 @@ def resumed_run(out: Path, settings: dict[str, Any]) -> tuple[LSTMForCausalLM, T
 
 def make_tokenizer(settings: dict[str, Any], config: TrainingConfig) -> Tokenizer:
     """The tokenizer that `--tokenizer` names: made from the data, or loaded."""
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
     from tlstm.training.data import text_files
 
     assert config.data is not None

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlstm.config import LSTMConfig
-from tlstm.generation import GenerationMixin
-from tlstm.generation_config import GenerationConfig
+from tlstm.generation.config import GenerationConfig
+from tlstm.generation.generate import GenerationMixin
 from tlstm.models.backbone import LSTMModel
 from tlstm.pretrained import PreTrainedModel
 from tlstm.state import LSTMState

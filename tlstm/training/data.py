@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
 _BLOCK = 1 << 24  # ids looked at in one go
 

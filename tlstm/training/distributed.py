@@ -35,6 +35,12 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """End a run that went well: nobody closes connections that another process may still be using."""
+        if self.size > 1:
+            dist.barrier()
+            _close()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; the same answer everywhere."""
         if self.size == 1:
@@ -78,10 +84,15 @@ def join_world(device: torch.device | str | None = None) -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_close)
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     return World(rank=rank, size=size, device=device)
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:

@@ -16,7 +16,7 @@ from tlstm.training.data import as_ids
 
 if TYPE_CHECKING:
     from tlstm.models import LSTMForCausalLM
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

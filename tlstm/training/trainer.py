@@ -29,7 +29,7 @@ from tlstm.training.streams import Batch, StreamBatches
 if TYPE_CHECKING:
     from tlstm.models import LSTMForCausalLM
     from tlstm.state import LSTMState
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
 AUTOCAST_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Several processes must agree on stopping; asking them in every step would stall the device each time.

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from tlstm.tokenizer_building import cuts_at_line_ends, recognise, split_at_line_ends
+from tlstm.tokenizer.building import cuts_at_line_ends, recognise, split_at_line_ends
 
 _BLOCK = 1 << 22  # symbols looked up at once: bounds the memory
 _PIECE, _BATCH = 1 << 16, 64  # characters per BPE piece, and pieces encoded at once over all cores

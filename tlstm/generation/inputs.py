@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tlstm.config import LSTMConfig
-from tlstm.generation_config import GenerationConfig
+from tlstm.generation.config import GenerationConfig
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 

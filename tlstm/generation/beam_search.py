@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlstm.generation_config import GenerationConfig
-from tlstm.generation_history import TokenHistory
-from tlstm.generation_loop import FinishReason, model_step, new_token_limits
-from tlstm.generation_prefill import LanguageModel
-from tlstm.generation_state import GenerationState
-from tlstm.sampling import LogitsProcessor, check_some_token
+from tlstm.generation.config import GenerationConfig
+from tlstm.generation.history import TokenHistory
+from tlstm.generation.loop import FinishReason, model_step, new_token_limits
+from tlstm.generation.prefill import LanguageModel
+from tlstm.generation.sampling import LogitsProcessor, check_some_token
+from tlstm.generation.state import GenerationState
+from tlstm.generation.stopping import StopStrings
 from tlstm.state import LSTMState
-from tlstm.stopping import StopStrings
 
 _DEAD = -torch.inf  # score of a beam that has no continuation
 

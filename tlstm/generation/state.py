@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlstm.config import LSTMConfig
-from tlstm.philox import MAX_SEED
+from tlstm.generation.philox import MAX_SEED
 from tlstm.state import LSTMState
 
 FORMAT = "tlstm-generation-state-1"

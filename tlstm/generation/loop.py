@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tlstm.generation_config import DEFAULT_NEW_TOKENS, GenerationConfig
-from tlstm.generation_history import TokenHistory
-from tlstm.generation_prefill import LanguageModel
-from tlstm.generation_state import GenerationState
-from tlstm.philox import GumbelNoise
-from tlstm.sampling import LogitsProcessor, draw, greedy
+from tlstm.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from tlstm.generation.history import TokenHistory
+from tlstm.generation.philox import GumbelNoise
+from tlstm.generation.prefill import LanguageModel
+from tlstm.generation.sampling import LogitsProcessor, draw, greedy
+from tlstm.generation.state import GenerationState
+from tlstm.generation.stopping import StopStrings
 from tlstm.state import LSTMState
-from tlstm.stopping import StopStrings
 
 FinishReason = Literal["eos", "stop_string", "length", "time"]
 

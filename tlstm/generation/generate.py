@@ -11,15 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tlstm.beam_search import beam_search
-from tlstm.generation_config import GenerationConfig
-from tlstm.generation_inputs import TokenIds, resolve_config
-from tlstm.generation_loop import DecodeLoop, FinishReason, Timings
-from tlstm.generation_prefill import LanguageModel, evaluating, fill_id, read_texts
-from tlstm.generation_state import GenerationState
+from tlstm.generation.beam_search import beam_search
+from tlstm.generation.config import GenerationConfig
+from tlstm.generation.inputs import TokenIds, resolve_config
+from tlstm.generation.loop import DecodeLoop, FinishReason, Timings
+from tlstm.generation.prefill import LanguageModel, evaluating, fill_id, read_texts
+from tlstm.generation.state import GenerationState
+from tlstm.generation.stopping import Decoder, StopStrings
+from tlstm.generation.streamers import Streamer, check_streamed_rows, check_streamer
 from tlstm.state import LSTMState
-from tlstm.stopping import Decoder, StopStrings
-from tlstm.streamers import Streamer, check_streamed_rows, check_streamer
 
 
 @dataclass
@@ -123,7 +123,7 @@ class GenerationMixin:
             input_ids: the prompts. A tensor may be padded on the left or right, with its `attention_mask`; lists may
                 differ in length. With none, the text begins with `bos_token_id`, or where `state` stands.
             generation_config: settings in place of the model's own `generation_config`.
-            streamer: gets the prompt and then every new token (see `tlstm.streamers`).
+            streamer: gets the prompt and then every new token (see `tlstm.generation.streamers`).
             state: what to continue. A `GenerationState` holds the text so far; `input_ids` then add to it, and one
                 state serves several prompts. A bare `LSTMState` is one that has consumed all earlier text.
             tokenizer: anything with `decode(ids) -> str`; needed for `stop_strings` only.

@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tlstm.tokenizer import Tokenizer
+    from tlstm.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)

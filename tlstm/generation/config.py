@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tlstm.philox import MAX_SEED
+from tlstm.generation.philox import MAX_SEED
 from tlstm.version import __version__
 
 GENERATION_CONFIG_NAME = "generation_config.json"

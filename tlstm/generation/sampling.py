@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tlstm.generation_config import GenerationConfig
-from tlstm.philox import GumbelNoise
+from tlstm.generation.config import GenerationConfig
+from tlstm.generation.philox import GumbelNoise
 
 # From this vocabulary on, noise is drawn only for the tokens that survive the filters, where those are few.
 _LARGE_VOCABULARY = 4096

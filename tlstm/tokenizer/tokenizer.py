@@ -23,11 +23,11 @@ import tokenizers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tlstm import tokenizer_building as building
-from tlstm import tokenizer_files
-from tlstm.tokenizer_bulk import BulkEncoder, UnknownCharacters
-from tlstm.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE
-from tlstm.tokenizer_output import TextStream, TokenizedText, pad
+from tlstm.tokenizer import building
+from tlstm.tokenizer import files as tokenizer_files
+from tlstm.tokenizer.bulk import BulkEncoder, UnknownCharacters
+from tlstm.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
+from tlstm.tokenizer.output import TextStream, TokenizedText, pad
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 Ids = Sequence[int] | Tensor | NDArray[Any]

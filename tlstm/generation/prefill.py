@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tlstm.config import LSTMConfig
-from tlstm.generation_config import GenerationConfig
-from tlstm.generation_inputs import Prompts, TokenIds, read_prompts
-from tlstm.generation_state import GenerationState, check_recurrent
+from tlstm.generation.config import GenerationConfig
+from tlstm.generation.inputs import Prompts, TokenIds, read_prompts
+from tlstm.generation.state import GenerationState, check_recurrent
 from tlstm.state import LSTMState
 
 # A prompt is read in one call of the model up to this many tokens (batch x time), which bounds the memory it takes.
