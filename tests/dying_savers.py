@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tlstm import checkpoint_files, folder_swap
-from tlstm.checkpoint_files import FolderView, open_checkpoint, read_consistently, save_checkpoint
+from tlstm.checkpoint import folder_swap, tensor_file
+from tlstm.checkpoint.files import FolderView, open_checkpoint, read_consistently, save_checkpoint
 
 FORMS = {"single": 10**9, "shards": 120, "more shards": 40}  # max_shard_size: 1, 2 and 5 files
 TENSORS = 5
@@ -79,7 +79,7 @@ def die_at(step: int) -> None:
         if count == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    fsync, save_file = os.fsync, checkpoint_files.save_file
+    fsync, save_file = os.fsync, tensor_file.save_file
 
     def counted_fsync(descriptor: int) -> None:
         tick()
@@ -92,7 +92,7 @@ def die_at(step: int) -> None:
         tick()  # here the file is half written
         path.write_bytes(whole)
 
-    os.fsync, checkpoint_files.save_file = counted_fsync, counted_save_file
+    os.fsync, tensor_file.save_file = counted_fsync, counted_save_file
     sys.addaudithook(lambda event, args: tick() if event in operations else None)
 
 

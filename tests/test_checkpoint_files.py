@@ -14,7 +14,7 @@ from huggingface_hub import load_state_dict_from_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tlstm.checkpoint_files import (
+from tlstm.checkpoint.files import (
     CheckpointError,
     index_name,
     is_weights_file,
@@ -240,7 +240,7 @@ def test_names_of_weights_files() -> None:
 
 
 def test_a_folder_that_never_rests_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlstm.folder_view.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tlstm.checkpoint.folder_view.time.sleep", lambda seconds: None)
     count = 0
 
     def read(view):

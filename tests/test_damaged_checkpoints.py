@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tlstm.checkpoint_files import (
+from tlstm.checkpoint.files import (
     CheckpointError,
     CheckpointNotFoundError,
     index_name,

@@ -16,7 +16,7 @@ import torch
 from dying_savers import FORMS, die_at, files_of, in_child, load, save, save_and_die_after_commit, status_of
 from torch import nn
 
-from tlstm.checkpoint_files import CheckpointError
+from tlstm.checkpoint.files import CheckpointError
 from tlstm.config import LSTMConfig
 from tlstm.pretrained import PreTrainedModel
 

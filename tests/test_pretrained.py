@@ -13,7 +13,7 @@ from small_models import SMALL, assert_same_model, causal_lm, rewrite, tensors_i
 from torch import nn
 
 from tlstm import LSTMConfig, LSTMForCausalLM, Tokenizer, __version__
-from tlstm.checkpoint_files import CheckpointError, CheckpointNotFoundError
+from tlstm.checkpoint.files import CheckpointError, CheckpointNotFoundError
 from tlstm.pretrained import PreTrainedModel
 
 

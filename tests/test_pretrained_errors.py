@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from small_models import SMALL, assert_same_model, causal_lm, rewrite, tensors_in
 
 from tlstm import LSTMConfig, LSTMForCausalLM, LSTMModel
-from tlstm.checkpoint_files import CheckpointError, CheckpointNotFoundError
+from tlstm.checkpoint.files import CheckpointError, CheckpointNotFoundError
 
 
 class TestStrictness:

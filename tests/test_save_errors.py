@@ -16,8 +16,8 @@ import pytest
 import torch
 from dying_savers import files_of, in_child, load, save, save_and_die_after_commit, status_of
 
-from tlstm import checkpoint_files, folder_swap
-from tlstm.checkpoint_files import save_checkpoint
+from tlstm.checkpoint import folder_swap, tensor_file
+from tlstm.checkpoint.files import save_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these tests fork and kill processes; POSIX only")
 
@@ -84,10 +84,10 @@ def test_a_full_disk_keeps_the_old_model_and_says_so(
     before = files_of(tmp_path)
     with monkeypatch.context() as patch:
         if broken == "weights":  # in safetensors' own words
-            error: Exception = checkpoint_files.safetensors.SafetensorError(
+            error: Exception = tensor_file.safetensors.SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-            patch.setattr(checkpoint_files, "save_file", _raiser(error))
+            patch.setattr(tensor_file, "save_file", _raiser(error))
         else:
             patch.setattr(Path, "write_bytes", _raiser(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(OSError, match=r"No space left.*unchanged.*free some space") as caught:

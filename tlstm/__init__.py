@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tlstm.version import __version__
 
 if TYPE_CHECKING:
-    from tlstm.checkpoint_files import CheckpointError
+    from tlstm.checkpoint.files import CheckpointError
     from tlstm.config import LSTMConfig
     from tlstm.functional import BackendUnavailableError
     from tlstm.generation.config import GenerationConfig
@@ -35,7 +35,7 @@ _HOMES = {
     "BackboneOutput": "tlstm.models",
     "BackendUnavailableError": "tlstm.functional",
     "CausalLMOutput": "tlstm.models",
-    "CheckpointError": "tlstm.checkpoint_files",
+    "CheckpointError": "tlstm.checkpoint.files",
     "GenerateOutput": "tlstm.generation.generate",
     "GenerationConfig": "tlstm.generation.config",
     "GenerationState": "tlstm.generation.state",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tlstm.checkpoint.folder_swap import replace_files
 from tlstm.version import __version__
 
 CONFIG_NAME = "config.json"
@@ -131,11 +132,7 @@ class LSTMConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `config.json` into `save_directory` (made if missing), atomically."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{CONFIG_NAME}.{os.getpid()}"
-        staged.write_text(self.to_json(), encoding="utf-8")
-        os.replace(staged, folder / CONFIG_NAME)
+        replace_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str = "the configuration") -> LSTMConfig:

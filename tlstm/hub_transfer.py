@@ -17,8 +17,8 @@ from huggingface_hub import (
     snapshot_download,
 )
 
-from tlstm.folder_view import CheckpointNotFoundError, is_plain_name
-from tlstm.stored_weights import index_name, weights_name
+from tlstm.checkpoint.folder_view import CheckpointNotFoundError, is_plain_name
+from tlstm.checkpoint.stored_weights import index_name, weights_name
 from tlstm.version import __version__
 
 CARD = "README.md"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from tlstm.checkpoint.tensor_file import read_tensors, save_tensors
 
 FORMAT = "tlstm-state-1"
 
@@ -150,32 +149,13 @@ class LSTMState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one safetensors file, replacing `path` atomically."""
-        target = Path(path)
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()},
-                staged,
-                metadata={"format": FORMAT},
-            )
-            os.replace(staged, target)
-        finally:
-            staged.unlink(missing_ok=True)
+        save_tensors(path, self.tensors(), {"format": FORMAT})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> LSTMState:
         """Read a state written by `save`. Raises `ValueError` naming the file when it is not one."""
+        tensors, _ = read_tensors(path, expected_format=FORMAT, writer="LSTMState.save")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                kind = (file.metadata() or {}).get("format")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); save the state again") from None
-        if kind != FORMAT:
-            raise ValueError(
-                f"{path}: expected a file of format {FORMAT!r}, got {kind!r}; write it with LSTMState.save"
-            )
-        try:
-            return cls.from_tensors(tensors)
+            return cls.from_tensors(tensors).to(device=device)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tlstm.checkpoint_files import (
+from tlstm.checkpoint.files import (
     CheckpointError,
     FolderView,
     StoredWeights,

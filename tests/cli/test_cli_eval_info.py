@@ -187,7 +187,7 @@ def test_info_reads_no_weights(cli, checkpoint, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("tlstm.stored_weights.StoredWeights.tensor", refuse)
+    monkeypatch.setattr("tlstm.checkpoint.stored_weights.StoredWeights.tensor", refuse)
     monkeypatch.setattr(LSTMForCausalLM, "__init__", refuse)
     assert cli("info", "--model", checkpoint).code == 0
 

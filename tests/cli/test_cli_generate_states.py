@@ -64,7 +64,7 @@ def test_wrong_states(cli, checkpoint, byte_checkpoint, tmp_path):
     assert "another model" in other.err
     assert "No such file" in cli("generate", "--model", checkpoint, "--state-in", tmp_path / "absent").err
     saved.write_bytes(b"no state")
-    assert "not a readable safetensors file" in cli("generate", "--model", checkpoint, "--state-in", saved).err
+    assert "damaged or no safetensors file" in cli("generate", "--model", checkpoint, "--state-in", saved).err
     nowhere = cli("generate", "--model", checkpoint, "--prompt", "the", "--state-out", tmp_path / "no" / "state")
     assert (nowhere.code, nowhere.out) == (2, "")
     assert "its folder does not exist" in nowhere.err

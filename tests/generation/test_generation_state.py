@@ -164,7 +164,7 @@ def test_damaged_files_are_named(model, tmp_path) -> None:
     path = tmp_path / "broken.safetensors"
     model.prefill([[1, 2, 3]]).save(path)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"broken.safetensors: not a readable safetensors file"):
+    with pytest.raises(ValueError, match=r"broken.safetensors: damaged or no safetensors file"):
         GenerationState.load(path)
     model.zero_state(1).save(path)
     with pytest.raises(ValueError, match=r"broken.safetensors: expected a file of format 'tlstm-generation-state-1'"):

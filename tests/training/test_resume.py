@@ -43,14 +43,14 @@ def step_and_signal(batch):
 if how in ("SIGTERM", "SIGINT"):
     trainer._train_step = step_and_signal
 if how == "SIGKILL":
-    save_file = checkpoint.save_file
-    def half_a_file(tensors, path, metadata):
-        save_file(tensors, path, metadata)
+    write_tensors = checkpoint.write_tensors
+    def half_a_file(tensors, metadata, path):
+        write_tensors(tensors, metadata, path)
         if path.parent.name == ".staged-00000020":
             with open(path, "r+b") as file:
                 file.truncate(100)
             os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint.save_file = half_a_file
+    checkpoint.write_tensors = half_a_file
 sys.exit(trainer.train(resume=resume).exit_code)
 """
 

@@ -49,7 +49,7 @@ def test_killed_at_every_write_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return call
 
     for owner, name in (
-        (checkpoint, "save_file"), (os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "write_text"),
+        (checkpoint, "write_tensors"), (os, "replace"), (os, "fsync"), (Path, "mkdir"), (Path, "write_text"),
         (checkpoint.shutil, "rmtree"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, mortal(getattr(owner, name)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tlstm.cli.common import DEFAULT_CHECKPOINT, ModelSource, format_bytes, format_count
 
 if TYPE_CHECKING:
-    from tlstm.stored_weights import TensorHeader
+    from tlstm.checkpoint.stored_weights import TensorHeader
 
 DESCRIPTION = """Say what a checkpoint is: parameters, layers, vocabulary, dtype, size on disk, how it was trained,
 and with which settings it generates. Only headers and JSON files are read, so it is quick for any size.
@@ -48,10 +48,10 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no checkpoint there, or a damaged one. ValueError: a damaged JSON file; the message names it.
     """
+    from tlstm.checkpoint.folder_view import FolderView, read_consistently
+    from tlstm.checkpoint.stored_weights import open_checkpoint, read_json
     from tlstm.config import LSTMConfig
-    from tlstm.folder_view import FolderView, read_consistently
     from tlstm.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
-    from tlstm.stored_weights import open_checkpoint, read_json
     from tlstm.tokenizer.tokenizer import Tokenizer
 
     def read(view: FolderView) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tlstm.checkpoint.folder_swap import replace_files
 from tlstm.generation.philox import MAX_SEED
 from tlstm.version import __version__
 
@@ -150,14 +151,7 @@ class GenerationConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `generation_config.json` into a folder (made where missing), replacing the file atomically."""
-        target = Path(directory) / GENERATION_CONFIG_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            staged.write_text(self.to_json(), encoding="utf-8")
-            os.replace(staged, target)
-        finally:
-            staged.unlink(missing_ok=True)
+        replace_files(directory, {GENERATION_CONFIG_NAME: self.to_json().encode()})
 
     def replace(self, **overrides: Any) -> GenerationConfig:
         """A copy with some fields changed, checked again. Raises `TypeError` for a name that is no setting."""

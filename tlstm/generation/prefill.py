@@ -13,7 +13,7 @@ from torch import Tensor
 from tlstm.config import LSTMConfig
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.inputs import Prompts, TokenIds, read_prompts
-from tlstm.generation.state import GenerationState, check_recurrent
+from tlstm.generation.state import GenerationState
 from tlstm.state import LSTMState
 
 # A prompt is read in one call of the model up to this many tokens (batch x time), which bounds the memory it takes.
@@ -120,7 +120,7 @@ def read_texts(
         if state is None:
             recurrent = model.zero_state(len(prompts.rows))
         else:
-            check_recurrent(state, model.config)
+            state.check_widths(model.config.output_sizes, model.config.widths)
             rows = _stream_of_each(prompts, state.batch_size)
             recurrent = state.to(device=like.device, dtype=like.dtype).select(torch.tensor(rows, device=like.device))
         unfed = [ids[:-1] for ids in prompts.rows]

@@ -6,13 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tlstm.checkpoint.tensor_file import read_tensors, save_tensors
 from tlstm.config import LSTMConfig
 from tlstm.generation.philox import MAX_SEED
 from tlstm.state import LSTMState
@@ -104,7 +102,7 @@ class GenerationState:
 
     def check_model(self, config: LSTMConfig) -> None:
         """Raise `ValueError` unless a model of this `config` can continue the texts."""
-        check_recurrent(self.recurrent, config)
+        self.recurrent.check_widths(config.output_sizes, config.widths)
         if self.vocab_size != config.vocab_size:
             raise ValueError(
                 f"state: expected one of a model with vocab_size {config.vocab_size}, got one of vocab_size "
@@ -115,37 +113,15 @@ class GenerationState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, replacing `path` atomically."""
-        target = Path(path)
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
         tensors = {f"recurrent.{name}": tensor for name, tensor in self.recurrent.tensors().items()}
         tensors |= {f"tokens.{row}": ids for row, ids in enumerate(self.tokens)}
         about = {"vocab_size": self.vocab_size, "seeds": self.seeds, "return_index": self.return_index}
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                staged,
-                metadata={"format": FORMAT, "generation": json.dumps(about)},
-            )
-            with staged.open("rb+") as file:  # on disk before it takes the old file's name
-                os.fsync(file.fileno())
-            os.replace(staged, target)
-        finally:
-            staged.unlink(missing_ok=True)
+        save_tensors(path, tensors, {"format": FORMAT, "generation": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> GenerationState:
         """Read a state written by `save`. Raises `ValueError` naming the file when it is not one."""
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); save the state again") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path}: expected a file of format {FORMAT!r}, got {metadata.get('format')!r}; write it with "
-                "GenerationState.save"
-            )
+        tensors, metadata = read_tensors(path, expected_format=FORMAT, writer="GenerationState.save")
         try:
             return cls._from_parts(tensors, json.loads(metadata["generation"])).to(device=device)
         except (KeyError, TypeError, ValueError) as error:
@@ -167,14 +143,4 @@ class GenerationState:
             vocab_size=about["vocab_size"],
             seeds=None if seeds is None else tuple(seeds),
             return_index=tuple(about["return_index"]),
-        )
-
-
-def check_recurrent(state: LSTMState, config: LSTMConfig) -> None:
-    """Raise `ValueError` unless `state` has the layers and widths of a model of this `config`."""
-    h, c = [tensor.shape[1] for tensor in state.h], [tensor.shape[1] for tensor in state.c]
-    if h != config.output_sizes or c != config.widths:
-        raise ValueError(
-            f"state: expected layers with h of widths {config.output_sizes} and c of widths {config.widths}, got "
-            f"{h} and {c}; it was made by another model: load that one, or prefill the text with this one"
         )

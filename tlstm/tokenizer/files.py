@@ -10,8 +10,14 @@ from typing import Any
 
 import tokenizers
 
-from tlstm.folder_swap import replace_files
-from tlstm.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, is_plain_name, read_consistently
+from tlstm.checkpoint.folder_swap import replace_files
+from tlstm.checkpoint.folder_view import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    FolderView,
+    is_plain_name,
+    read_consistently,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"

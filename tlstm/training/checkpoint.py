@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tlstm.checkpoint.folder_swap import fsync
+from tlstm.checkpoint.tensor_file import write_tensors
 from tlstm.training.distributed import World
 
 FORMAT = "tlstm-training-1"
@@ -62,13 +64,13 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     staged.mkdir(parents=True)
     for group, tensors in checkpoint.tensors.items():
         own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(own, staged / f"{group}.safetensors", metadata={"format": "pt"})
+        write_tensors(own, {"format": "pt"}, staged / f"{group}.safetensors")
     values = {"format": FORMAT, "step": step, "groups": sorted(checkpoint.tensors)} | checkpoint.values
     (staged / VALUES_NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for path in [*staged.iterdir(), staged]:
-        _sync(path)
+        fsync(path)
     os.replace(staged, target)
-    _sync(folder)
+    fsync(folder)
     return target
 
 
@@ -182,11 +184,3 @@ def set_random_state(tensors: dict[str, Tensor], world: World) -> None:
     random.setstate((version, tuple(internal), None if python_gauss != python_gauss else python_gauss))
     if world.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], world.device)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

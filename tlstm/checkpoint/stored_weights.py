@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from tlstm.folder_view import CheckpointError, CheckpointNotFoundError, FolderView
+from tlstm.checkpoint.folder_view import CheckpointError, CheckpointNotFoundError, FolderView
 
 # What safetensors calls the dtypes that torch computes with; its 4- to 8-bit floats are refused by name.
 DTYPES = {

@@ -10,18 +10,14 @@ import functools
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
-from pathlib import Path
 
-import safetensors
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tlstm.folder_swap import FileContent, replace_files
-from tlstm.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, read_consistently
-from tlstm.stored_weights import (
+from tlstm.checkpoint.folder_swap import FileContent, replace_files
+from tlstm.checkpoint.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, read_consistently
+from tlstm.checkpoint.stored_weights import (
     StoredWeights,
     TensorHeader,
     index_name,
@@ -30,6 +26,7 @@ from tlstm.stored_weights import (
     read_json,
     weights_name,
 )
+from tlstm.checkpoint.tensor_file import own_memory, write_tensors
 
 __all__ = [
     "CheckpointError",
@@ -75,7 +72,7 @@ def save_checkpoint(
         ValueError: a bad variant, size or file name. OSError: the files could not be written; the message says why,
             and that the old set is unchanged.
     """
-    prepared = {name: _contiguous(tensor) for name, tensor in tensors.items()}
+    prepared = {name: own_memory(tensor) for name, tensor in tensors.items()}
     pattern = weights_name(variant).replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
         prepared, filename_pattern=pattern, max_shard_size=_positive_size(max_shard_size)
@@ -83,7 +80,7 @@ def save_checkpoint(
     header = {"format": "pt", **(metadata or {})}
     contents: dict[str, FileContent] = {}
     for name, keys in (split.filename_to_tensors or {weights_name(variant): []}).items():
-        contents[name] = functools.partial(_write_shard, {key: prepared[key] for key in keys}, header)
+        contents[name] = functools.partial(write_tensors, {key: prepared[key] for key in keys}, header)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         contents[index_name(variant)] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
@@ -94,33 +91,6 @@ def save_checkpoint(
     for name in sorted(files, key=lambda name: (_LAST.index(name) + 1 if name in _LAST else 0, name)):
         contents[name] = files[name]
     replace_files(folder, contents, is_stale=functools.partial(is_weights_file, variant=variant))
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    """A detached tensor that owns all of its memory and no more: sharding counts, and safetensors stores, storages."""
-    tensor = tensor.detach().contiguous()
-    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if alone else tensor.clone()
-
-
-def _write_shard(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> None:
-    separate: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
-        seen.add(tensor.data_ptr())
-        separate[name] = tensor.clone() if shared else tensor
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    try:
-        save_file(separate, path, metadata=header)
-    except safetensors.SafetensorError as error:
-        # The writer reports disk errors in words of its own; give them back their number, and so their meaning.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    os.chmod(path, mode)  # safetensors makes files that only their owner can read; go by the umask instead
 
 
 def _positive_size(size: int | str) -> int | str:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tlstm.folder_view import PRIVATE_PREFIX, RECORD, STAGING, CommitRecord, is_plain_name
+from tlstm.checkpoint.folder_view import PRIVATE_PREFIX, RECORD, STAGING, CommitRecord, is_plain_name
 
 LOCK = ".tlstm-save.lock"
 _LOCK_TIMEOUT = 600.0  # seconds: a save of a large model to a slow disk may hold the folder for minutes
@@ -86,9 +86,9 @@ def _commit(folder: Path, staging: Path, files: Mapping[str, FileContent], is_st
     stale = [name for name in os.listdir(folder) if name not in files and _is_stale_file(folder / name, is_stale)]
     _stage(staging / RECORD, CommitRecord(staging.name, tuple(files), tuple(sorted(stale))).to_json())
     for parent in _folders(staging, files):
-        _fsync(parent)
+        fsync(parent)
     os.replace(staging / RECORD, folder / RECORD)
-    _fsync(folder)
+    fsync(folder)
 
 
 def _check_room_for(folder: Path, names: Iterable[str]) -> None:
@@ -117,7 +117,7 @@ def _stage(path: Path, content: FileContent) -> None:
         content(path)
     else:
         path.write_bytes(content)
-    _fsync(path)
+    fsync(path)
 
 
 def _roll_forward(folder: Path) -> None:
@@ -133,9 +133,9 @@ def _roll_forward(folder: Path) -> None:
     for name in record.stale:
         (folder / name).unlink(missing_ok=True)
     for parent in _folders(folder, record.files):
-        _fsync(parent)
+        fsync(parent)
     (folder / RECORD).unlink()
-    _fsync(folder)
+    fsync(folder)
     shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -150,10 +150,10 @@ def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _fsync(path.parent)
+        fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a file or a folder's entries to disk. Windows cannot open folders, and journals renames itself."""
     if os.name == "nt" and path.is_dir():
         return
