@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(
-    int(os.environ.get("TLSTM_TEST_THREADS", "1"))
-)  # more threads than cores cost more than they give
+# More threads than cores cost more than they give.
+torch.set_num_threads(int(os.environ.get("TLSTM_TEST_THREADS", "1")))
+
+# torch lists its constructors when `torch.device` first chooses a device for them; it must do so before they are
+# wrapped below, or models made for the meta device take memory in tests that they do not take elsewhere.
+with torch.device("meta"):
+    torch.empty(0)
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)  # the same examples on every run

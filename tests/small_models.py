@@ -11,11 +11,6 @@ from torch import Tensor, nn
 
 from tlstm import LSTMConfig, LSTMForCausalLM
 
-# torch lists its constructors when `torch.device` first chooses a device for them; it must do so before conftest wraps
-# them, or models made for the meta device take memory in tests that they do not take elsewhere.
-with torch.device("meta"):
-    torch.empty(0)
-
 SMALL = {"vocab_size": 13, "hidden_size": 7, "num_layers": 2}
 
 

@@ -156,11 +156,11 @@ class TestPaths:
         "name", ["./no/such", "/no/such", "../no-such", "~/no-such-folder", "a/b/c", "a\\b", "", "a/"]
     )
     def test_what_looks_like_a_path_is_not_sought_on_the_hub(self, name: str) -> None:
-        with pytest.raises(CheckpointNotFoundError, match=r"no such checkpoint folder.*check the path"):
+        with pytest.raises(CheckpointNotFoundError, match=r"no such folder.*check the path"):
             LSTMForCausalLM.from_pretrained(name)
 
     def test_path_objects_and_files(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointNotFoundError, match="no such checkpoint folder"):
+        with pytest.raises(CheckpointNotFoundError, match="no such folder"):
             LSTMForCausalLM.from_pretrained(Path("user/model"))
         causal_lm().save_pretrained(tmp_path)
         with pytest.raises(CheckpointNotFoundError, match=r"got a file.*pass the folder it lies in"):

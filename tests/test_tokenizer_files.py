@@ -173,7 +173,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     with pytest.raises(ValueError, match=r"tokenizer\.json.*git lfs pull"):
         Tokenizer.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="pass its folder"):
+    with pytest.raises(FileNotFoundError, match="pass the folder it lies in"):
         Tokenizer.from_pretrained(file)
     TOKENIZERS["char"].save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tlstm.checkpoint.files import is_weights_file, save_checkpoint
 from tlstm.config import CONFIG_NAME, LSTMConfig
-from tlstm.hub_transfer import checkpoint_folder, push_folder
+from tlstm.hub import checkpoint_folder, push_folder
 from tlstm.weight_loading import GENERATION_CONFIG_NAME, check_device, check_dtype, load_model
 
 

@@ -107,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
 
     from tlstm.training import Trainer
     from tlstm.training.distributed import join_world
+    from tlstm.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     out = Path(args.out)
     settings, config = read_settings(args, out)
     device = find_device(args.device)

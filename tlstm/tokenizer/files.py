@@ -15,48 +15,11 @@ from tlstm.checkpoint.folder_view import (
     CheckpointError,
     CheckpointNotFoundError,
     FolderView,
-    is_plain_name,
     read_consistently,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-
-
-def find_folder(
-    path_or_repo: str | os.PathLike[str],
-    *,
-    revision: str | None,
-    subfolder: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> Path:
-    """The local folder that holds the files: the path itself, or the snapshot of one commit of a Hub repo."""
-    if subfolder and not is_plain_name(subfolder):
-        raise ValueError(f"expected a subfolder such as 'checkpoints/best', received {subfolder!r}")
-    name = os.fspath(path_or_repo)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path / (subfolder or "")
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise CheckpointNotFoundError(
-            errno.ENOENT,
-            f"expected a folder with {TOKENIZER_FILE}, or a Hub repo id like 'user/model', received {name!r}; "
-            f"{'that is a file: pass its folder' if path.exists() else 'no such folder: check the path'}",
-        )
-    from huggingface_hub import snapshot_download  # slow to import, and needed only for repos
-
-    wanted = [f"{subfolder}/{file}" if subfolder else file for file in (TOKENIZER_FILE, CONFIG_FILE)]
-    snapshot = snapshot_download(  # resolves the revision once, so both files come from the same commit
-        name,
-        revision=revision,
-        allow_patterns=wanted,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        token=token,
-        local_files_only=local_files_only,
-    )
-    return Path(snapshot) / (subfolder or "")
 
 
 def read(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

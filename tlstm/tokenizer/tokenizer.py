@@ -23,6 +23,7 @@ import tokenizers
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlstm.hub import checkpoint_folder
 from tlstm.tokenizer import building
 from tlstm.tokenizer import files as tokenizer_files
 from tlstm.tokenizer.bulk import BulkEncoder, UnknownCharacters
@@ -277,8 +278,9 @@ class Tokenizer:
         A missing file is a `FileNotFoundError`, a damaged one a `CheckpointError` (a `ValueError`), each naming the
         file; errors of the Hub (repo or revision not found, gated) are those of `huggingface_hub`.
         """
-        folder = tokenizer_files.find_folder(
+        folder = checkpoint_folder(
             path_or_repo,
+            files=(TOKENIZER_FILE, CONFIG_FILE),
             revision=revision,
             subfolder=subfolder,
             cache_dir=cache_dir,

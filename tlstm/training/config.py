@@ -20,7 +20,7 @@ class TrainingConfig:
     """What `Trainer` does. Every field is checked on construction; `ValueError` names the field.
 
     Data:
-        data: text file, or folder of `*.txt` files, to train on; not needed where token ids are given to `Trainer`.
+        data: text file, or folder of `*.txt` files, to train on; not needed where `Trainer` is given token ids.
         valid_data: the same for validation; `None` splits off the last `valid_fraction` of `data`.
         valid_fraction: in [0, 1); 0 means no validation.
     Batches (stateful truncated back-propagation through time):
@@ -41,13 +41,15 @@ class TrainingConfig:
         autocast: `"bf16"`, `"fp16"` (CUDA only, with loss scaling) or `None`; weights and optimiser stay as they are.
         ema_decay: exponential moving average of the weights, 0 for none; the decay warms up as
             `min(ema_decay, (step + 1) / (step + 10))`. Evaluation, samples and the exported model use the average.
-    Reports, in steps; 0 means once an epoch for `eval_every` and `save_every`, and never for `sample_every`:
-        eval_every, save_every, sample_every, log_every.
+    Reports:
+        eval_every: steps between evaluations; 0 means once an epoch. save_every: steps between checkpoints; 0 means
+            once an epoch. sample_every: steps between samples of text; 0 means never. log_every: steps between log
+            lines.
         eval_window: tokens per forward pass in evaluation. eval_streams: parallel streams of the evaluations during
             training (each starts with an empty state: a little pessimistic, much faster); the final one uses one.
         keep_last: checkpoints kept; the one with the best validation loss is kept as well.
         export: `"last"` or `"best"`: whose weights the finished run writes to `model/`.
-        sample_prompt, sample_tokens: what to continue, and for how long.
+        sample_prompt: what samples continue. sample_tokens: how many tokens they add.
         save_dtype: storage dtype of the exported weights; the final figures are measured on the weights as stored.
         tensorboard: also write TensorBoard events (`train` extra). plot: write the loss curve (`plot` extra).
     Machine:

@@ -13,7 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from small_models import assert_same_model, causal_lm
 
-from tlstm import LSTMForCausalLM, Tokenizer, hub_transfer
+from tlstm import LSTMForCausalLM, Tokenizer
+from tlstm import hub as hub_module
 
 CALLS = ("create_repo", "create_branch", "list_repo_files", "hf_hub_download", "create_commit")
 
@@ -76,7 +77,7 @@ class Recorder:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def make(present: dict[str, bytes] | None = None) -> Recorder:
         recorder = Recorder(present or {}, tmp_path)
-        monkeypatch.setattr(hub_transfer, "HfApi", recorder)
+        monkeypatch.setattr(hub_module, "HfApi", recorder)
         return recorder
 
     return make
@@ -172,7 +173,7 @@ class TestPull:
             calls.append({"repo_id": repo_id, **options})
             return str(tmp_path)
 
-        monkeypatch.setattr(hub_transfer, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(hub_module, "snapshot_download", snapshot_download)
         model = LSTMForCausalLM.from_pretrained(
             "user/model",
             revision="refs/pr/1",
@@ -189,7 +190,7 @@ class TestPull:
         assert call == {
             "repo_id": "user/model", "revision": "refs/pr/1", "cache_dir": str(tmp_path / "cache"), "token": "secret",
             "force_download": True, "local_files_only": True, "library_name": "tlstm",
-            "library_version": hub_transfer.__version__,
+            "library_version": hub_module.__version__,
         }  # fmt: skip
         assert "sub/model.fp16.safetensors" in wanted
         assert "sub/model.fp16-*-of-*.safetensors" in wanted

@@ -22,12 +22,13 @@ from tlstm.checkpoint.stored_weights import index_name, weights_name
 from tlstm.version import __version__
 
 CARD = "README.md"
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training.json")
 
 
 def checkpoint_folder(
     name_or_path: str | os.PathLike[str],
     *,
+    files: Sequence[str] | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -37,6 +38,8 @@ def checkpoint_folder(
     token: str | bool | None = None,
 ) -> Path:
     """The folder that holds a checkpoint: `name_or_path` itself, or the snapshot of one commit of a Hub repo.
+
+    Of a repo, `files` are fetched; by default the weights of `variant` and everything that belongs to them.
 
     Raises:
         CheckpointNotFoundError: a path that is no folder. ValueError: a subfolder that leaves it.
@@ -54,11 +57,11 @@ def checkpoint_folder(
         )
     if not isinstance(name_or_path, str) or _looks_like_a_path(name):
         raise CheckpointNotFoundError(
-            errno.ENOENT, f"no such checkpoint folder: {name!r}; check the path (a Hub repo is named like 'user/model')"
+            errno.ENOENT, f"no such folder: {name!r}; check the path (a Hub repo is named like 'user/model')"
         )
     prefix = f"{subfolder}/" if subfolder else ""
     shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")
-    wanted = [prefix + file for file in (*_COMPANIONS, weights_name(variant), index_name(variant), shards)]
+    wanted = files if files is not None else (*_COMPANIONS, weights_name(variant), index_name(variant), shards)
     # One call: it resolves the revision to a commit once, and takes every file from that commit.
     snapshot = snapshot_download(
         name,
@@ -67,7 +70,7 @@ def checkpoint_folder(
         force_download=force_download,
         local_files_only=local_files_only,
         token=token,
-        allow_patterns=wanted,
+        allow_patterns=[prefix + file for file in wanted],
         library_name="tlstm",
         library_version=__version__,
     )
