@@ -14,8 +14,8 @@ from tlstm.training.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 def touch():
-    torch.ones(16 << 20)  # 64 MiB: 16,384 pages
-for _ in range(8):
+    torch.ones(8 << 20)  # 32 MiB: 8,192 pages
+for _ in range(5):
     touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
