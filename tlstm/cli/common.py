@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +77,8 @@ class ModelSource:
             raise
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--model` and what it runs on."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
+    """`--model` and what it runs on; `dtype` is the default of `--dtype`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -87,7 +86,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"checkpoint folder, or Hub repo id user/name[@revision] (default: the shipped {DEFAULT_CHECKPOINT})",
     )
     group.add_argument(
-        "--dtype", default="auto", choices=("auto", *DTYPES), help="compute in this dtype (default: as stored)"
+        "--dtype",
+        default=dtype,
+        choices=("auto", *DTYPES),
+        help=f"compute in this dtype; auto: as stored (default: {dtype})",
     )
     add_backend_arguments(group)
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -161,11 +163,18 @@ def find_device(name: str) -> torch.device:
 
 
 def peak_memory(device: torch.device | None = None) -> dict[str, int]:
-    """Bytes: the process's largest resident set, `host`, and on a GPU the most that tensors took there, `device`."""
+    """Bytes: the process's largest resident set, `host`, and on a GPU the most that tensors took there, `device`.
+
+    `host` is left out on Windows, whose Python cannot tell.
+    """
     import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device is not None and device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -37,7 +37,8 @@ _COLUMNS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    # Narrow weights are measured in float32: the figure is the checkpoint's, not that of the arithmetic at hand.
+    add_model_arguments(parser, dtype="float32")
     text = parser.add_argument_group("text")
     text.add_argument("--data", required=True, metavar="PATH", help="UTF-8 text file, or folder of *.txt files")
     part = text.add_mutually_exclusive_group()
@@ -93,7 +94,14 @@ def run(args: argparse.Namespace) -> int:
                 lambda: evaluate_windows(model, ids, args.window, batch_size=args.batch_size, tokenizer=tokenizer)
             )
         tokens = len(ids)
-    report = {"model": str(source), "data": args.data, "part": _part_name(args), "tokens": tokens, "results": results}
+    report = {
+        "model": str(source),
+        "data": args.data,
+        "part": _part_name(args),
+        "tokens": tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "results": results,
+    }
     print(json.dumps(report, indent=2) if args.json else _table(report))
     return 0
 
@@ -125,7 +133,9 @@ def _table(report: dict[str, Any]) -> str:
     for row in report["results"].values():
         rows.append([row["protocol"], *(form.format(row[key]) if key in row else "" for key, _, form in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head = f"{report['model']} on {report['data']} ({report['part']}, {report['tokens']:,} tokens)"
+    head = (
+        f"{report['model']} on {report['data']} ({report['part']}, {report['tokens']:,} tokens, in {report['dtype']})"
+    )
     lines = [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

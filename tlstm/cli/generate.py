@@ -187,9 +187,10 @@ def _figures(result: Result, prompt_tokens: int, memory: dict[str, int]) -> str:
     parts = [
         f"prompt {prompt_tokens:,} tokens{speed}",
         f"generated {result.timings.decode_tokens:,} tokens, {_decode_speed(result):,.0f} tokens/s",
-        f"peak memory {format_bytes(memory['host'])}"
-        + (f", GPU {format_bytes(memory['device'])}" if "device" in memory else ""),
     ]
+    if memory:
+        names = {"host": "", "device": "GPU "}
+        parts.append("peak memory " + ", ".join(names[place] + format_bytes(size) for place, size in memory.items()))
     seeds = list(dict.fromkeys(text.seed for text in result.texts if text.seed is not None))
     if seeds:
         parts.append(f"seed {','.join(map(str, seeds))}")

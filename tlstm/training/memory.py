@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Ask glibc to keep freed memory in this process instead of handing it back to the kernel block by block.
 
     Every step of training on a CPU frees its activations and allocates them again; by default each block of more than
-    a few MB comes fresh from the kernel, which clears it page by page. Kept blocks make a step take about a quarter less
-    CPU time, for a few hundred MB more of resident memory (`benchmarks/LOG.md`). The setting holds for the whole
+    a few MB comes fresh from the kernel, which clears it page by page. Kept blocks make a step take about a quarter
+    less CPU time, for a few hundred MB more of resident memory (`benchmarks/LOG.md`). The setting holds for the whole
     process, so the command line makes it and the library never does; call it yourself before `Trainer.train`.
 
     Returns:
