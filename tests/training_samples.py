@@ -43,7 +43,8 @@ def make_config(**options: Any) -> TrainingConfig:
 def make_trainer(out_dir: Path, model: LSTMForCausalLM | None = None, **options: Any) -> Trainer:
     callbacks = options.pop("callbacks", ())
     model = make_model(**DROPOUT) if model is None else model
-    return Trainer(model, config=make_config(**options), data=make_data(), out_dir=out_dir, callbacks=callbacks)
+    config, data = make_config(**options), make_data()
+    return Trainer(model, config=config, data=data, out_dir=out_dir, command="a test", callbacks=callbacks)
 
 
 def log_without_times(out_dir: Path) -> list[dict[str, Any]]:

@@ -78,6 +78,16 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, uninterrupted: 
         assert torch.equal(mine, theirs)
 
 
+def test_a_resumed_run_keeps_its_first_command(tmp_path: Path) -> None:
+    first = make_trainer(tmp_path)
+    first.command = "tlstm train --data tiny.txt"
+    stop_at(first, 3)
+    first.train()
+    figures = make_trainer(tmp_path).train(resume=True).figures
+    assert figures is not None
+    assert figures["command"] == "tlstm train --data tiny.txt"
+
+
 def stop_at(trainer: Trainer, step: int) -> None:
     train_step = trainer._train_step
 

@@ -6,8 +6,6 @@ import copy
 import json
 import logging
 import platform
-import shlex
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +79,7 @@ def describe(trainer: Trainer, step: int, evaluations: list[Evaluation]) -> dict
     return {
         "tlstm_version": __version__,
         "torch_version": torch.__version__,
-        "command": trainer.command or shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": trainer.command,
         "hardware": hardware(trainer.world.device),
         "processes": trainer.world.size,
         "threads": torch.get_num_threads(),

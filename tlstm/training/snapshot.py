@@ -90,6 +90,7 @@ def save(trainer: Trainer) -> Path:
     if trainer.average is not None:
         groups["average"] = trainer.average.tensors
     values = {
+        "command": trainer.command,
         "config": trainer.config.to_dict(),
         "model_config": trainer.model.config.to_dict(),
         "data": trainer.fingerprint,
@@ -128,6 +129,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.states = [_state(own, part, trainer.world.device) for part in range(values["parts"])]
     trainer.sums.copy_(own["sums"])
     trainer.progress = Progress(**values["progress"])
+    trainer.command = values["command"]
     trainer.batches.load_state_dict(values["batches"])
     trainer.plateau.load_state_dict(values["plateau"])
     trainer.scaler.load_state_dict(values["scaler"])

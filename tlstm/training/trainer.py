@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -53,7 +55,7 @@ class Trainer:
         config: the choices. out_dir: everything is written below it.
         data: token ids, instead of the files that `config.data` names.
         device: defaults to this process's GPU where there is one, else the CPU.
-        command: the command line to note in the exported `training.json`.
+        command: the command line to note in the exported `training.json`; a resumed run keeps its first one.
         callbacks: each is called with every log record, a dictionary with `event` and `step`, in process 0.
 
     Raises:
@@ -73,7 +75,8 @@ class Trainer:
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self.config = config if config is not None else TrainingConfig()
-        self.tokenizer, self.command, self.callbacks = tokenizer, command, list(callbacks)
+        self.tokenizer, self.callbacks = tokenizer, list(callbacks)
+        self.command = command or shlex.join([Path(sys.executable).name, *sys.argv])
         self.out_dir = Path(out_dir)
         self.checkpoint_dir = self.out_dir / "checkpoints"
         self.world = join_world(device)
