@@ -77,8 +77,10 @@ class ModelSource:
             raise
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
-    """`--model` and what it runs on; `dtype` is the default of `--dtype`."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, dtype: str = "auto", threads: str = "torch's choice"
+) -> None:
+    """`--model` and what it runs on; `dtype` is the default of `--dtype`, `threads` tells that of `--threads`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -92,7 +94,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str = "auto")
         help=f"compute in this dtype; auto: as stored (default: {dtype})",
     )
     add_backend_arguments(group)
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=int, metavar="N", help=f"CPU threads (default: {threads})")
 
 
 def add_backend_arguments(group: argparse._ArgumentGroup) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlstm.cli import arguments
-from tlstm.cli.common import ModelSource, add_model_arguments, format_bytes, format_count, load_model, peak_memory
+from tlstm.cli.common import (
+    ModelSource,
+    add_model_arguments,
+    format_bytes,
+    format_count,
+    load_model,
+    peak_memory,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from tlstm.cli.generate_texts import Result
@@ -34,12 +42,15 @@ EPILOG = """examples:
 # Fields that change what `generate` returns in Python and mean nothing to a reader of text.
 API_FIELDS = ("return_dict_in_generate", "output_scores", "output_logits", "extra")
 _FRESH_SEEDS = 1 << 32  # short enough to be typed again
+# Multiply-adds of one step below which a second CPU thread is not worth it: it makes an idle machine some 40 % faster,
+# but on a busy one the threads wait for each other at every product, and the text comes ten times slower.
+_SMALL_STEP = 1 << 25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tlstm.generation.config import GenerationConfig
 
-    add_model_arguments(parser)
+    add_model_arguments(parser, threads="1 where a step is small, else torch's choice")
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
     source.add_argument(
@@ -97,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     bos = effective.bos_token_id if effective.bos_token_id is not None else model.config.bos_token_id
     prompts = [(text, encode_prompt(text, tokenizer, bos, continued=state is not None)) for text in words]
     rows = effective.num_return_sequences * max(len(prompts), 1 if state is None else state.batch_size)
+    if args.threads is None and model.num_parameters() * rows < _SMALL_STEP:
+        set_threads(1)
     if args.verbose:
         print(_introduction(str(source), model, settings), file=sys.stderr)
 

@@ -181,11 +181,14 @@ def _read_meta(meta: Path) -> dict[str, Any] | None:
 
 
 def _hash_files(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    """The SHA-256 of a single file, as sha256sum prints it; of several, that of their digests in a row."""
+    digests = []
     for file in files:
         with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+            digests.append(hashlib.file_digest(handle, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def _hash_tokenizer(tokenizer: Tokenizer) -> str:

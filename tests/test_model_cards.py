@@ -1,0 +1,100 @@
+"""Every folder in model_cards/ against its own card, config, weights and training figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from tlstm import LSTMForCausalLM, Tokenizer
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+SIZE_LIMIT = 10_000_000  # bytes of a whole folder: it is part of the wheel
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / "training.json").read_text())
+
+
+def test_the_default_checkpoint_is_there():
+    assert [folder.name for folder in FOLDERS] == ["shakespeare-char"]
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request) -> Path:
+    return request.param
+
+
+def test_holds_what_its_hub_repository_holds(folder):
+    names = {path.name for path in folder.iterdir()}
+    required = {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+        "loss.png",
+    }
+    assert names == required
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= SIZE_LIMIT
+
+
+def test_config_and_weights_agree(folder):
+    model = LSTMForCausalLM.from_pretrained(folder)
+    assert model.num_parameters() == figures(folder)["parameters"]
+    assert str(model.dtype) == f"torch.{model.config.dtype}"
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        assert weights.metadata()["format"] == "pt"
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - not a dict
+    assert sum(map(math.prod, shapes)) == model.num_parameters()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_tokenizer_reads_the_same_everywhere(folder):
+    text = "O Romeo, Romeo!\nwherefore art thou Romeo?"
+    own = Tokenizer.from_pretrained(folder)
+    ids = own.encode(text)
+    assert own.decode(ids) == text
+    assert tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids == ids
+    assert transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == ids
+    assert own.vocab_size == LSTMForCausalLM.from_pretrained(folder).config.vocab_size
+
+
+def test_card_states_the_measured_figures(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "tlstm"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "apache-2.0"
+    run = figures(folder)
+    assert run["command"] in re.sub(r" \\\n\s+", " ", card.text)
+    assert f"{run['parameters']:,}" in card.text
+    assert len({result["protocol"] for result in run["valid"]}) == 2
+    for result in run["valid"]:
+        assert f"{result['loss']:.4f}" in card.text
+        assert f"{result['perplexity']:.3f}" in card.text
+        assert f"{result['bits_per_character']:.4f}" in card.text
+        assert f"{result['tokens']:,}" in card.text
+    stated = {(r.metric_type, r.metric_value) for r in card.data.eval_results}
+    assert stated == {
+        (kind, round(run["valid"][0][key], 4))
+        for kind, key in (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_character", "bits_per_character"))
+    }
+
+
+def test_snippet_of_the_card_runs(folder, monkeypatch, capsys):
+    card = ModelCard.load(folder / "README.md")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(snippet, "card", "exec"), {})
+    assert len(capsys.readouterr().out) > 100
