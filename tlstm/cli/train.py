@@ -103,8 +103,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch.distributed
-
     from tlstm.training import Trainer
     from tlstm.training.distributed import join_world
     from tlstm.training.memory import keep_freed_memory
@@ -125,8 +123,7 @@ def run(args: argparse.Namespace) -> int:
         result = trainer.train(resume=args.resume)
     if world.is_main:
         _report(result, out, world.size)
-    if world.size > 1:
-        torch.distributed.destroy_process_group()
+    world.leave()
     return result.exit_code
 
 
