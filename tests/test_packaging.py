@@ -118,6 +118,18 @@ def test_an_installed_wheel_runs_outside_the_source_tree(wheel, tmp_path):
     assert all(Path(path).is_file() and path.startswith(str(tmp_path / "site")) for path in found)
 
 
+def test_an_installed_wheel_generates_from_the_shipped_checkpoint(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tlstm", "generate", "--prompt", "ROMEO:", "--max-new-tokens", "20", "--seed", "1"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ROMEO:")
+    assert len(done.stdout) == len("ROMEO:") + 20 + len("\n")
+
+
 def test_the_pinned_torch_is_one_that_the_project_accepts():
     (pin,) = [line for line in (ROOT / "constraints-cpu.txt").read_text().splitlines() if not line.startswith("#")]
     name, _, version = pin.partition("==")
