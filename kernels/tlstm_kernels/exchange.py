@@ -1,0 +1,135 @@
+"""How the programs of one grid hand a row of h (or of d_gates) to one another: the data is its own flag.
+
+Every exchanged tensor has one slot per time step and is filled with the sentinel, the all-ones bit pattern, before the
+launch. A producer stores an element once (`publish`). A consumer loads its tile again and again until no element is the
+sentinel (`receive`). Nothing else is shared: no counter, no fence, no barrier between programs. kernels/README.md says
+why that is safe.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sentinel_mask(values):
+    """True where an element still has the bit pattern that the buffer was filled with."""
+    if values.dtype.primitive_bitwidth == 16:
+        return values.to(tl.int16, bitcast=True) == -1
+    else:
+        return values.to(tl.int32, bitcast=True) == -1
+
+
+@triton.jit
+def without_sentinel(values):
+    """The sentinel is a NaN. Where the model itself computed that very NaN, take its twin with the sign bit cleared."""
+    if values.dtype.primitive_bitwidth == 16:
+        bits = values.to(tl.int16, bitcast=True)
+        return tl.where(bits == -1, 0x7FFF, bits).to(tl.int16).to(values.dtype, bitcast=True)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        return tl.where(bits == -1, 0x7FFFFFFF, bits).to(tl.int32).to(values.dtype, bitcast=True)
+
+
+@triton.jit
+def publish(pointers, values, mask):
+    """Store `values`, in the buffer's dtype, for other programs to receive."""
+    tl.store(pointers, without_sentinel(values.to(pointers.dtype.element_ty)), mask=mask)
+
+
+@triton.jit
+def tile_columns(n, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where the columns of chunk n are in a row: gates of H columns each that start GATE_STRIDE apart."""
+    k = n * BLOCK_K + tl.arange(0, BLOCK_K)
+    if GATE_STRIDE == H:
+        return k
+    else:
+        return k + (k // H) * (GATE_STRIDE - H)
+
+
+@triton.jit
+def load_chunk(
+    row_pointers, row_mask,  # (BLOCK_B,), as in `receive`
+    n, K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns n * BLOCK_K onwards of the tile, (BLOCK_B, BLOCK_K), zero outside it."""
+    columns = tile_columns(n, H, GATE_STRIDE, BLOCK_K)
+    mask = row_mask[:, None] & (n * BLOCK_K + tl.arange(0, BLOCK_K) < K)[None, :]
+    # volatile: from the L2 cache, where the other programs' stores arrive, never from this multiprocessor's own L1.
+    return tl.load(row_pointers[:, None] + columns[None, :], mask=mask, other=0.0, volatile=True)
+
+
+@triton.jit
+def load_tile(
+    row_pointers, row_mask, exchanged,  # (BLOCK_B,), as in `receive`
+    K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """All ceil(K / BLOCK_K) chunks of the tile as a tuple, and 1 if an element of it is not written yet."""
+    chunks = ()
+    unwritten = tl.zeros((row_mask.shape[0], BLOCK_K), tl.int1)
+    for n in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        chunk = load_chunk(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
+        unwritten |= sentinel_mask(chunk)
+        chunks = chunks + (chunk,)  # noqa: RUF005  (the compiler has no unpacking)
+    unwritten &= exchanged[:, None]
+    return chunks, tl.max(tl.max(unwritten.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def receive(
+    row_pointers,  # (BLOCK_B,) where the K columns of each row start
+    row_mask,  # (BLOCK_B,) rows to load; the others are zero
+    exchanged,  # (BLOCK_B,) rows to wait for; the others have always been there (an initial state, say)
+    error_ptr,  # (4,) int32 of this program, zero at first: see `report`
+    step,
+    K: tl.constexpr,  # columns of the tile: H for h, 4H for gates
+    H: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,  # column k of the tile is at (k // H) * GATE_STRIDE + k % H of the row
+    BLOCK_K: tl.constexpr,
+    KEEP: tl.constexpr,  # 0: only wait; what is returned has no use
+    MAX_SPINS: tl.constexpr,
+):
+    """Wait until every element of the tile is written; returns it as a tuple of chunks (BLOCK_B, BLOCK_K).
+
+    With MAX_SPINS > 0 the wait ends after so many loads at the latest and what it was for is reported; from then on
+    this program waits for nothing, so that the launch ends.
+    """
+    chunks, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+    spins_left = MAX_SPINS
+    if MAX_SPINS > 0:
+        spins_left = tl.where(tl.load(error_ptr, volatile=True) == 0, MAX_SPINS, 0)
+    while unwritten != 0 if MAX_SPINS == 0 else (unwritten != 0) & (spins_left > 0):
+        if KEEP:
+            chunks, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+        else:
+            _, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+        if MAX_SPINS > 0:
+            spins_left -= 1
+    if MAX_SPINS > 0:
+        if unwritten != 0:
+            report(error_ptr, step, row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+    return chunks
+
+
+@triton.jit
+def report(
+    error_ptr, step, row_pointers, row_mask, exchanged,
+    K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write to `error_ptr`, the first time only: 1 + the step that could not go on, then the first missing row of the
+    tile and its first missing column k (which the program that owns unit k % H should have written)."""
+    if tl.load(error_ptr, volatile=True) == 0:
+        rows = tl.arange(0, row_mask.shape[0])
+        first_row = tl.full((), 2147483647, tl.int32)
+        first_column = tl.full((), 2147483647, tl.int32)
+        for n in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+            chunk = load_chunk(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
+            unwritten = sentinel_mask(chunk) & exchanged[:, None]
+            columns = tl.where(unwritten, n * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], 2147483647)
+            column_of_row = tl.min(columns, axis=1)
+            first_row = tl.minimum(first_row, tl.min(tl.where(column_of_row < 2147483647, rows, 2147483647), axis=0))
+            first_column = tl.minimum(first_column, tl.min(column_of_row, axis=0))
+        tl.store(error_ptr + 1, first_row)
+        tl.store(error_ptr + 2, first_column)
+        tl.store(error_ptr, step + 1)
