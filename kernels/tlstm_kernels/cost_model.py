@@ -1,0 +1,106 @@
+"""What a launch plan needs of a program's registers and shared memory, and how long one time step takes by its model.
+
+The memory figures are those of compiled code. The times only rank plans: a table of measured plans overrules them
+(`launch_plan.MEASURED`). One step of one program group takes, in microseconds,
+
+    hop         the last program's store is seen by the others (L2 round trip); nothing for a single program
+    broadcast   every program reads the group's whole h (backward: the gradients of its gates) from the L2
+    weights     streamed regime only: the weights are read from the L2, or from memory where they do not fit there
+    shared      the weights' slice and what they are multiplied with are read from shared memory, 128 bytes per clock
+    matrix      the chain of matrix instructions along K, each waiting for the one before, or their number
+    gates       gate arithmetic and the barriers of one step
+
+The terms follow one another within a step, so they are added. Sources: 0.56 us per hop and 3942 bytes per clock of L2
+are published measurements of an H100, as is the latency of `mma.sync` (33 clocks); the clocks of the gates were counted
+in compiled code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .gpu import KIB, GPU
+
+if TYPE_CHECKING:
+    from .launch_plan import LaunchPlan
+
+ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+MATRIX_LATENCY = 33  # clocks from one matrix instruction to the next one that adds to the same accumulator
+PER_STEP_US = 25.0  # a product and a cell launched from Python for one time step
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Microseconds of one time step, term by term."""
+
+    hop: float
+    broadcast: float
+    weights: float
+    shared: float
+    matrix: float
+    gates: float
+
+    @property
+    def total(self) -> float:
+        return self.hop + self.broadcast + self.weights + self.shared + self.matrix + self.gates
+
+    def __str__(self) -> str:
+        terms = ("hop", "broadcast", "weights", "shared", "matrix", "gates")
+        named = [f"{name} {getattr(self, name):.2f}" for name in terms if getattr(self, name) >= 0.005]
+        return f"{self.total:.2f} us = {' + '.join(named)}"
+
+
+def shared_memory_bytes(plan: LaunchPlan) -> int:
+    """Shared memory of one program: the resident weights, one chunk of what they meet, and room to move tiles in."""
+    size = ITEM_SIZE[plan.dtype]
+    columns = 4 * plan.units if plan.kernel == "forward" else plan.units
+    chunk = plan.block_k * columns * size
+    weights = chunk * (2 if plan.regime == "streamed" else plan.chunks)
+    moved = plan.rows * max(plan.block_k * size, 4 * plan.units * 4)  # operand tile, or the float32 gates
+    return weights + moved + KIB
+
+
+def registers_per_thread(plan: LaunchPlan) -> int:
+    """Registers of one thread, from above: fitted to what the compiler reported for sm_80 and sm_90."""
+    threads = plan.num_warps * 32
+    gates = plan.rows * 4 * plan.units / threads
+    operand = plan.rows * plan.block_k * ITEM_SIZE[plan.dtype] / (4 * threads)
+    estimate = 48 + 3 * gates + 1.2 * operand
+    return round(estimate if plan.kernel == "forward" else 1.6 * estimate)
+
+
+def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
+    """The model's time of one step, all groups and directions of the launch running side by side."""
+    size = ITEM_SIZE[plan.dtype]
+    K = plan.chunks * plan.block_k
+    columns = 4 * plan.units if plan.kernel == "forward" else plan.units
+    programs = plan.programs * plan.groups * plan.directions
+
+    read = plan.rows * plan.K * size
+    alone = plan.programs == 1
+    broadcast = 0.0 if alone else gpu.us(max(programs * read / gpu.l2_bytes_per_clock, read / 64))
+
+    weight_slice = K * columns * size
+    streamed = 0.0
+    if plan.regime == "streamed":
+        all_weights = 4 * plan.H * plan.H * size * plan.directions
+        streamed = gpu.us(max(programs * weight_slice / gpu.l2_bytes_per_clock, weight_slice / 64))
+        if all_weights > gpu.l2_bytes:
+            streamed = max(streamed, all_weights / (gpu.memory_gb_per_s * 1e3))
+
+    # Every warp reads the rows' operand; warps that share columns read the weights once each.
+    readers = min(plan.num_warps, max(1, columns // 8))
+    shared = gpu.us((weight_slice + readers * plan.rows * K * size) / 128)
+    gates = gpu.us(350 + 60 * plan.rows * plan.units / (plan.num_warps * gpu.warp_size))
+    return StepCost(0.1 if alone else gpu.hop_us, broadcast, streamed, shared, _matrix_us(plan, gpu, K, columns), gates)
+
+
+def _matrix_us(plan: LaunchPlan, gpu: GPU, K: int, columns: int) -> float:
+    multiplies = plan.rows * columns * K
+    if plan.dtype == "float32" and plan.precision == "ieee":
+        return gpu.us(multiplies / 128)  # no matrix unit: one multiply-add per lane and clock
+    depth = 16 if plan.dtype != "float32" else 8
+    rate = gpu.matrix_macs_per_clock / (1 if plan.dtype != "float32" else 2)
+    # Chunks add to accumulators of their own, so the latency is paid along one chunk.
+    return gpu.us(max(multiplies / rate, plan.block_k / depth * MATRIX_LATENCY))

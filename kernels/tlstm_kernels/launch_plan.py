@@ -1,0 +1,259 @@
+"""How a layer's recurrence is cut over the programs of a GPU: chosen from sizes, dtype and GPU; pure Python.
+
+    single       one program per tile of the batch holds all of W_hh; nothing is exchanged (small H)
+    persistent   many programs hold a slice of W_hh each and exchange h (backward: the gates' gradients) every step
+    streamed     the same programs read their slice from the L2 in every step (W_hh is more than the chip holds)
+    per_step     one product and one cell per step, launched one after another: what no plan above can run
+
+A plan never asks for more programs than can run at the same time: programs that wait for one another must all be there.
+Batches that need more are run in several launches, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+
+from .cost_model import ITEM_SIZE, PER_STEP_US, StepCost, registers_per_thread, shared_memory_bytes, step_cost
+from .gpu import KIB, GPU
+
+KERNELS = ("forward", "backward")
+REGIMES = ("single", "persistent", "streamed", "per_step")
+UNITS = (4, 8, 16, 32, 64, 128)
+ROWS = (16, 32, 64, 128)
+BLOCK_K = (16, 32, 64, 128, 256, 512)
+NUM_WARPS = (4, 8)
+MAX_REGISTERS = 255  # of one thread
+MAX_CHUNKS = 40  # the time loop is unrolled over the chunks
+
+# Measured plans, which overrule the model: (GPU name, kernel, dtype, H, largest B) -> the choices that were fastest.
+MEASURED: dict[tuple[str, str, str, int, int], dict[str, int | str]] = {}
+
+
+class PlanError(ValueError):
+    """A plan that was asked for cannot run; the message says what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How one kernel is launched for one layer. `units`, `rows`, `block_k` and `num_warps` fix everything else."""
+
+    kernel: str  # "forward" or "backward"
+    regime: str
+    H: int
+    B: int
+    D: int  # directions of the layer, 1 or 2
+    dtype: str
+    precision: str  # of float32 products: "ieee", "tf32" or "tf32x3"; half types ignore it
+    units: int = 0  # hidden units of one program: a power of two
+    rows: int = 0  # batch rows of one program: a power of two, 16 or more for the matrix units
+    block_k: int = 0  # how much of the contraction one chunk of weights covers
+    num_warps: int = 0
+    groups: int = 0  # tiles of the batch that run at the same time
+    directions: int = 0  # directions that run at the same time
+    gpu: str = ""
+    source: str = "model"  # "model", "measured" or "pinned"
+    cost: StepCost | None = field(default=None, compare=False)
+
+    @property
+    def K(self) -> int:
+        """Length of the contraction: H of h in the forward kernel, the 4H gates in the backward one."""
+        return self.H if self.kernel == "forward" else 4 * self.H
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.K // self.block_k)
+
+    @property
+    def programs(self) -> int:
+        """Programs of one group; the last one may own fewer units than the others."""
+        return -(-self.H // self.units)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.B // self.rows)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs of a full launch: units, batch tiles, directions."""
+        return self.programs, self.groups, self.directions
+
+    @property
+    def launches(self) -> int:
+        return -(-self.tiles // self.groups) * -(-self.D // self.directions)
+
+    def unit_slices(self) -> Iterator[range]:
+        """The hidden units of each program of a group."""
+        for start in range(0, self.H, self.units):
+            yield range(start, min(start + self.units, self.H))
+
+    def batch_slices(self) -> Iterator[range]:
+        """The batch rows of each launch."""
+        step = self.rows * self.groups
+        for start in range(0, self.B, step):
+            yield range(start, min(start + step, self.B))
+
+    def direction_slices(self) -> Iterator[range]:
+        """The directions of each launch."""
+        for start in range(0, self.D, self.directions):
+            yield range(start, min(start + self.directions, self.D))
+
+    def describe(self) -> str:
+        """The plan in words and numbers."""
+        sizes = f"{self.kernel}, H={self.H}, B={self.B}, {self.dtype}{', both directions' if self.D == 2 else ''}"
+        if self.regime == "per_step":
+            return f"{sizes}: per_step, one product and one cell launched for every time step (about {PER_STEP_US} us)."
+        where = {
+            "single": "all recurrent weights on the chip in one program per batch tile, nothing exchanged",
+            "persistent": "recurrent weights on the chip, sliced over the programs of a group, which exchange "
+            + ("h" if self.kernel == "forward" else "the gates' gradients"),
+            "streamed": "recurrent weights sliced over the programs of a group and read from the L2 in every step",
+        }[self.regime]
+        launches = "one launch" if self.launches == 1 else f"{self.launches} launches, one after another"
+        rounding = f" {self.precision}" if self.dtype == "float32" else ""
+        return (
+            f"{sizes}: {self.regime}, {where}. {launches} of {self.programs} programs x {self.groups} batch groups x "
+            f"{self.directions} directions on {self.gpu}; {self.units} units and {self.rows} rows per program, "
+            f"{self.chunks} chunks of {self.block_k} along K ({self.K}), {self.num_warps} warps{rounding}, about "
+            f"{shared_memory_bytes(self) / KIB:.0f} KiB shared memory and {registers_per_thread(self)} registers. "
+            f"Chosen by: {self.source}. Model, per step: {self.cost}."
+        )
+
+
+def choose_plan(
+    kernel: str,
+    H: int,
+    B: int,
+    dtype: str,
+    gpu: GPU,
+    D: int = 1,
+    precision: str = "ieee",
+    pinned: Mapping[str, int | str] | None = None,
+) -> LaunchPlan:
+    """The plan of one kernel ("forward" or "backward") for a layer of H units and D directions, and B batch rows.
+
+    Args:
+        dtype: "float16", "bfloat16" or "float32"; others (float64) are run step by step.
+        precision: of float32 products.
+        pinned: fields of the plan (regime, units, rows, block_k, num_warps, groups) that must have the given values.
+
+    Raises:
+        PlanError: no plan with the pinned values can run on this GPU.
+    """
+    return _choose(kernel, H, B, dtype, gpu, D, precision, tuple(sorted((pinned or {}).items())))
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    kernel: str, H: int, B: int, dtype: str, gpu: GPU, D: int, precision: str, pins: tuple[tuple[str, int | str], ...]
+) -> LaunchPlan:
+    pinned, source = dict(pins), "pinned" if pins else "model"
+    _check_pins(pinned)
+    fallback = LaunchPlan(kernel, "per_step", H, B, D, dtype, precision, gpu=gpu.name, source=source)
+    if dtype not in ITEM_SIZE or pinned.get("regime") == "per_step":
+        return fallback
+    if not pinned:
+        measured = _measured(kernel, H, B, dtype, gpu)
+        pinned, source = (measured, "measured") if measured else ({}, source)
+    common = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "dtype": dtype, "precision": precision}
+    plans = list(_candidates(common, gpu, pinned))
+    if not plans and pinned:
+        raise PlanError(_no_plan(common, gpu, pinned))
+    if not plans:
+        return fallback
+
+    def time(plan: LaunchPlan) -> tuple[float, ...]:
+        cost = step_cost(plan, gpu).total * plan.launches
+        return cost, plan.programs, plan.rows, plan.num_warps, plan.block_k
+
+    best = min(plans, key=time)
+    return _with(best, source=source, cost=step_cost(best, gpu))
+
+
+def _candidates(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> Iterator[LaunchPlan]:
+    H, B, K = common["H"], common["B"], common["H"] * (1 if common["kernel"] == "forward" else 4)
+    # Nothing is gained by a tile of more than twice the size of what it covers.
+    rows = [r for r in ROWS if r < 2 * B or r == ROWS[0]]
+    units = [u for u in UNITS if u < 2 * H or u == UNITS[0]]
+    block_k = [k for k in BLOCK_K if k < 2 * K or k == BLOCK_K[0]]
+    for regime, u, r, k, w in product(REGIMES[:3], units, rows, block_k, NUM_WARPS):
+        if (regime == "single") != (u >= H):
+            continue
+        plan = LaunchPlan(regime=regime, units=u, rows=r, block_k=k, num_warps=w, gpu=gpu.name, **common)
+        if plan.chunks > MAX_CHUNKS and regime != "streamed":
+            continue
+        plan = _with_groups(plan, gpu, pinned)
+        if why_impossible(plan, gpu) is None and all(getattr(plan, name) == v for name, v in pinned.items()):
+            yield plan
+
+
+def _with_groups(plan: LaunchPlan, gpu: GPU, pinned: Mapping[str, int | str]) -> LaunchPlan:
+    """The plan with as many batch tiles and directions side by side as fit, evenly spread over the launches."""
+    most = gpu.multiprocessors // plan.programs
+    directions = plan.D if most >= plan.D else 1
+    most = max(1, most // directions)
+    launches = -(-plan.tiles // most)
+    groups = int(pinned.get("groups", -(-plan.tiles // launches)))
+    return _with(plan, groups=groups, directions=directions)
+
+
+def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
+    """What a plan needs more of than the GPU has; None for a plan that can run."""
+    programs = plan.programs * plan.groups * plan.directions
+    needs = {
+        "programs at the same time": (programs, gpu.multiprocessors),
+        "bytes of shared memory per program": (shared_memory_bytes(plan), gpu.shared_memory),
+        "registers per thread": (registers_per_thread(plan), MAX_REGISTERS),
+        "registers per program": (registers_per_thread(plan) * plan.num_warps * gpu.warp_size, gpu.registers),
+    }
+    for what, (needed, available) in needs.items():
+        if needed > available:
+            return f"it needs {needed} {what} and {gpu.name} has {available}"
+    return None
+
+
+def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> dict[str, int | str]:
+    """The entry of the smallest measured batch that covers B."""
+    covering = [key for key in MEASURED if key[:4] == (gpu.name, kernel, dtype, H) and key[4] >= B]
+    return MEASURED[min(covering, key=lambda key: key[4])] if covering else {}
+
+
+_PINNABLE: dict[str, tuple[int | str, ...] | None] = {
+    "regime": REGIMES,
+    "units": UNITS,
+    "rows": ROWS,
+    "block_k": BLOCK_K,
+    "num_warps": NUM_WARPS,
+    "groups": None,  # any positive number
+}
+
+
+def _check_pins(pinned: Mapping[str, int | str]) -> None:
+    for name, value in pinned.items():
+        if name not in _PINNABLE:
+            raise PlanError(f"plan: expected fields among {', '.join(_PINNABLE)}; received {name!r}.")
+        choices = _PINNABLE[name]
+        if choices is not None and value not in choices:
+            raise PlanError(f"plan: expected {name} to be one of {choices}; received {value!r}.")
+        if choices is None and (not isinstance(value, int) or value < 1):
+            raise PlanError(f"plan: expected {name} to be a positive whole number; received {value!r}.")
+
+
+def _no_plan(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> str:
+    asked = ", ".join(f"{name}={value}" for name, value in pinned.items())
+    text = (
+        f"plan: expected choices that {gpu.name} can run for {common['kernel']}, H={common['H']}, B={common['B']}, "
+        f"{common['dtype']}; received {asked}"
+    )
+    full = {"regime", "units", "rows", "block_k", "num_warps"} <= pinned.keys()
+    if full:
+        tried = _with_groups(LaunchPlan(**common, **{k: v for k, v in pinned.items() if k != "groups"}), gpu, pinned)  # type: ignore[arg-type]
+        reason = why_impossible(tried, gpu)
+        text += f": {reason}" if reason else ": regime 'single' is for units >= H, the others for fewer"
+    return text + ". Pin fewer fields, or use regime='streamed' or 'per_step', which need less of the chip."
+
+
+def _with(plan: LaunchPlan, **changes: object) -> LaunchPlan:
+    return type(plan)(**{**plan.__dict__, **changes})
