@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .gpu import KIB, GPU
+from .gpu import GPU, KIB
 
 if TYPE_CHECKING:
     from .launch_plan import LaunchPlan
@@ -56,9 +56,11 @@ def shared_memory_bytes(plan: LaunchPlan) -> int:
     size = ITEM_SIZE[plan.dtype]
     columns = 4 * plan.units if plan.kernel == "forward" else plan.units
     chunk = plan.block_k * columns * size
-    weights = chunk * (2 if plan.regime == "streamed" else plan.chunks)
-    moved = plan.rows * max(plan.block_k * size, 4 * plan.units * 4)  # operand tile, or the float32 gates
-    return weights + moved + KIB
+    operand = plan.block_k * plan.rows * size
+    if plan.regime == "streamed":
+        return 2 * (chunk + operand) + KIB
+    gates = plan.rows * 4 * plan.units * 4  # float32, on their way between two layouts
+    return plan.chunks * (chunk + operand) + gates + KIB
 
 
 def registers_per_thread(plan: LaunchPlan) -> int:
@@ -77,7 +79,7 @@ def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
     columns = 4 * plan.units if plan.kernel == "forward" else plan.units
     programs = plan.programs * plan.groups * plan.directions
 
-    read = plan.rows * plan.K * size
+    read = plan.rows * plan.contraction * size
     alone = plan.programs == 1
     broadcast = 0.0 if alone else gpu.us(max(programs * read / gpu.l2_bytes_per_clock, read / 64))
 
@@ -102,5 +104,4 @@ def _matrix_us(plan: LaunchPlan, gpu: GPU, K: int, columns: int) -> float:
         return gpu.us(multiplies / 128)  # no matrix unit: one multiply-add per lane and clock
     depth = 16 if plan.dtype != "float32" else 8
     rate = gpu.matrix_macs_per_clock / (1 if plan.dtype != "float32" else 2)
-    # Chunks add to accumulators of their own, so the latency is paid along one chunk.
-    return gpu.us(max(multiplies / rate, plan.block_k / depth * MATRIX_LATENCY))
+    return gpu.us(max(multiplies / rate, K / depth * MATRIX_LATENCY))

@@ -17,19 +17,20 @@ from functools import lru_cache
 from itertools import product
 
 from .cost_model import ITEM_SIZE, PER_STEP_US, StepCost, registers_per_thread, shared_memory_bytes, step_cost
-from .gpu import KIB, GPU
+from .gpu import GPU, KIB
 
 KERNELS = ("forward", "backward")
 REGIMES = ("single", "persistent", "streamed", "per_step")
 UNITS = (4, 8, 16, 32, 64, 128)
 ROWS = (16, 32, 64, 128)
 BLOCK_K = (16, 32, 64, 128, 256, 512)
+SMALLEST_BLOCK_K = 64  # of several chunks: shorter ones cost more barriers than they save padding
 NUM_WARPS = (4, 8)
 MAX_REGISTERS = 255  # of one thread
 MAX_CHUNKS = 40  # the time loop is unrolled over the chunks
 
-# Measured plans, which overrule the model: (GPU name, kernel, dtype, H, largest B) -> the choices that were fastest.
-MEASURED: dict[tuple[str, str, str, int, int], dict[str, int | str]] = {}
+# Measured plans, which overrule the model: (arch, multiprocessors, kernel, dtype, H, largest B) -> the fastest choices.
+MEASURED: dict[tuple[str, int, str, str, int, int], dict[str, int | str]] = {}
 
 
 class PlanError(ValueError):
@@ -58,13 +59,16 @@ class LaunchPlan:
     cost: StepCost | None = field(default=None, compare=False)
 
     @property
-    def K(self) -> int:
-        """Length of the contraction: H of h in the forward kernel, the 4H gates in the backward one."""
+    def contraction(self) -> int:
+        """Length of the sum behind one element: over h in the forward kernel, over all four gates in the backward."""
         return self.H if self.kernel == "forward" else 4 * self.H
 
     @property
     def chunks(self) -> int:
-        return -(-self.K // self.block_k)
+        """Chunks of block_k that cover the contraction; a program alone has one for each gate in the backward."""
+        if self.regime == "single":
+            return 1 if self.kernel == "forward" else 4
+        return -(-self.contraction // self.block_k)
 
     @property
     def programs(self) -> int:
@@ -116,8 +120,8 @@ class LaunchPlan:
         return (
             f"{sizes}: {self.regime}, {where}. {launches} of {self.programs} programs x {self.groups} batch groups x "
             f"{self.directions} directions on {self.gpu}; {self.units} units and {self.rows} rows per program, "
-            f"{self.chunks} chunks of {self.block_k} along K ({self.K}), {self.num_warps} warps{rounding}, about "
-            f"{shared_memory_bytes(self) / KIB:.0f} KiB shared memory and {registers_per_thread(self)} registers. "
+            f"{self.chunks} chunks of {self.block_k} along the contraction ({self.contraction}), {self.num_warps} warps"
+            f"{rounding}, about {shared_memory_bytes(self) / KIB:.0f} KiB shared memory and {registers_per_thread(self)} registers. "
             f"Chosen by: {self.source}. Model, per step: {self.cost}."
         )
 
@@ -131,6 +135,7 @@ def choose_plan(
     D: int = 1,
     precision: str = "ieee",
     pinned: Mapping[str, int | str] | None = None,
+    excluded: frozenset[LaunchPlan] = frozenset(),
 ) -> LaunchPlan:
     """The plan of one kernel ("forward" or "backward") for a layer of H units and D directions, and B batch rows.
 
@@ -138,16 +143,25 @@ def choose_plan(
         dtype: "float16", "bfloat16" or "float32"; others (float64) are run step by step.
         precision: of float32 products.
         pinned: fields of the plan (regime, units, rows, block_k, num_warps, groups) that must have the given values.
+        excluded: plans that turned out not to fit.
 
     Raises:
         PlanError: no plan with the pinned values can run on this GPU.
     """
-    return _choose(kernel, H, B, dtype, gpu, D, precision, tuple(sorted((pinned or {}).items())))
+    return _choose(kernel, H, B, dtype, gpu, D, precision, tuple(sorted((pinned or {}).items())), excluded)
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    kernel: str, H: int, B: int, dtype: str, gpu: GPU, D: int, precision: str, pins: tuple[tuple[str, int | str], ...]
+    kernel: str,
+    H: int,
+    B: int,
+    dtype: str,
+    gpu: GPU,
+    D: int,
+    precision: str,
+    pins: tuple[tuple[str, int | str], ...],
+    excluded: frozenset[LaunchPlan],
 ) -> LaunchPlan:
     pinned, source = dict(pins), "pinned" if pins else "model"
     _check_pins(pinned)
@@ -158,7 +172,7 @@ def _choose(
         measured = _measured(kernel, H, B, dtype, gpu)
         pinned, source = (measured, "measured") if measured else ({}, source)
     common = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "dtype": dtype, "precision": precision}
-    plans = list(_candidates(common, gpu, pinned))
+    plans = [plan for plan in _candidates(common, gpu, pinned) if plan not in excluded]
     if not plans and pinned:
         raise PlanError(_no_plan(common, gpu, pinned))
     if not plans:
@@ -173,13 +187,14 @@ def _choose(
 
 
 def _candidates(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> Iterator[LaunchPlan]:
-    H, B, K = common["H"], common["B"], common["H"] * (1 if common["kernel"] == "forward" else 4)
-    # Nothing is gained by a tile of more than twice the size of what it covers.
-    rows = [r for r in ROWS if r < 2 * B or r == ROWS[0]]
-    units = [u for u in UNITS if u < 2 * H or u == UNITS[0]]
-    block_k = [k for k in BLOCK_K if k < 2 * K or k == BLOCK_K[0]]
-    for regime, u, r, k, w in product(REGIMES[:3], units, rows, block_k, NUM_WARPS):
-        if (regime == "single") != (u >= H):
+    H, B, forward = common["H"], common["B"], common["kernel"] == "forward"
+    rows = [r for r in ROWS if r < 2 * B or r == ROWS[0]]  # a tile of twice what it covers gains nothing
+    for regime, u, r, k, w in product(REGIMES[:3], UNITS, rows, BLOCK_K, NUM_WARPS):
+        if regime == "single":
+            # One chunk as long as the units, and no shorter than a matrix instruction is deep.
+            if u < H or k != u or u >= 2 * max(H, 16):
+                continue
+        elif u >= H or k < SMALLEST_BLOCK_K or (k >= 2 * H and k > SMALLEST_BLOCK_K) or (u < 8 and not forward):
             continue
         plan = LaunchPlan(regime=regime, units=u, rows=r, block_k=k, num_warps=w, gpu=gpu.name, **common)
         if plan.chunks > MAX_CHUNKS and regime != "streamed":
@@ -216,8 +231,9 @@ def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
 
 def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> dict[str, int | str]:
     """The entry of the smallest measured batch that covers B."""
-    covering = [key for key in MEASURED if key[:4] == (gpu.name, kernel, dtype, H) and key[4] >= B]
-    return MEASURED[min(covering, key=lambda key: key[4])] if covering else {}
+    same = (gpu.arch, gpu.multiprocessors, kernel, dtype, H)
+    covering = [key for key in MEASURED if key[:5] == same and key[5] >= B]
+    return MEASURED[min(covering, key=lambda key: key[5])] if covering else {}
 
 
 _PINNABLE: dict[str, tuple[int | str, ...] | None] = {
@@ -251,7 +267,7 @@ def _no_plan(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> str:
     if full:
         tried = _with_groups(LaunchPlan(**common, **{k: v for k, v in pinned.items() if k != "groups"}), gpu, pinned)  # type: ignore[arg-type]
         reason = why_impossible(tried, gpu)
-        text += f": {reason}" if reason else ": regime 'single' is for units >= H, the others for fewer"
+        text += f": {reason}" if reason else ": 'single' is for units = block_k >= H, the other regimes for fewer units"
     return text + ". Pin fewer fields, or use regime='streamed' or 'per_step', which need less of the chip."
 
 

@@ -68,7 +68,8 @@ def backward(
             for k in range(h_0.shape[0]):
                 # Past a row's end the state is frozen; of that only the initial one, in reverse, is ever read.
                 h = _frozen_at(h_0[k], y[..., k * P : (k + 1) * P], lengths)
-                steps.append(reference.LSTMSteps(*gates[:, :, k].chunk(4, -1), cells[:, :, k], h.to(cells.dtype)))
+                i, f, g, o = gates[:, :, k].to(cells.dtype).chunk(4, -1)
+                steps.append(reference.LSTMSteps(i, f, g, o, cells[:, :, k], h.to(cells.dtype)))
         d_y, d_h_n, d_c_n = or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0)
         d_x, d_h_0, d_c_0, *d_weights = differentiable_backward(
             d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, has_bias, has_projection, steps
