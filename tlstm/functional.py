@@ -187,8 +187,6 @@ def _run_layers(
             hx[1][states],
             weights[layer * n : (layer + 1) * n],
             lengths,
-            has_bias=options.bias,
-            has_projection=options.proj_size > 0,
             backend=backend,
         )
         h_n.append(h)

@@ -106,8 +106,6 @@ def check_layer(
     c_0: Tensor,  # (D, B, H)
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
-    has_bias: bool,
-    has_projection: bool,
     backend: str,
 ) -> None:
     """Check what one layer is called with: the kernels read memory by these shapes. Looks at no values."""
@@ -116,20 +114,30 @@ def check_layer(
         raise ArgumentError(
             f"backend 'triton': expected tensors on a GPU; received them on {x.device}. Use backend='reference' there."
         )
-    n = 2 + 2 * has_bias + has_projection
     D = h_0.shape[0]
-    if x.dim() != 3 or h_0.dim() != 3 or c_0.dim() != 3 or D not in (1, 2) or len(weights) != D * n:
+    n = len(weights) // max(D, 1)  # W_ih, W_hh[, b_ih, b_hh][, W_hr]
+    if (
+        x.dim() != 3
+        or h_0.dim() != 3
+        or c_0.dim() != 3
+        or D not in (1, 2)
+        or len(weights) != D * n
+        or n not in (2, 3, 4, 5)
+    ):
         raise ArgumentError(
-            f"lstm_layer: expected x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) and {n} weights for each of D = 1 or 2 "
+            "lstm_layer: expected x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) and 2 to 5 weights for each of D = 1 or 2 "
             f"directions; received shapes {tuple(x.shape)}, {tuple(h_0.shape)}, {tuple(c_0.shape)} and {len(weights)} "
-            "weights. Pass has_bias and has_projection as the layer has them."
+            "weights. Give them flat, as torch.nn.LSTM has them: W_ih, W_hh[, b_ih, b_hh][, W_hr] for each direction."
         )
     (B, I), P, H = x.shape[1:], h_0.shape[2], c_0.shape[2]
-    shapes = [(4 * H, I), (4 * H, P)] + [(4 * H,)] * (2 * has_bias) + [(P, H)] * has_projection
-    expected = {"h_0": (h_0, (D, B, P)), "c_0": (c_0, (D, B, H))}
-    expected |= {f"weights[{k}]": (w, shapes[k % n]) for k, w in enumerate(weights)}
-    if not has_projection:
-        expected["h_0"] = (h_0, (D, B, H))
+    has_bias, has_projection = n >= 4, n % 2 == 1
+    shapes: list[tuple[int, ...]] = [(4 * H, I), (4 * H, P)]
+    shapes += [(4 * H,)] * (2 * has_bias) + [(P, H)] * has_projection
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "h_0": (h_0, (D, B, P if has_projection else H)),
+        "c_0": (c_0, (D, B, H)),
+        **{f"weights[{k}]": (w, shapes[k % n]) for k, w in enumerate(weights)},
+    }
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
             raise ArgumentError(

@@ -47,7 +47,7 @@ def gpu_of(index: int) -> GPU:
         clock_mhz=getattr(props, "clock_rate", 0) // 1000 or 1700,
         l2_bytes=props.L2_cache_size,
         memory_gb_per_s=2000,
-        registers=props.regs_per_multiprocessor,
+        registers=getattr(props, "regs_per_multiprocessor", 65536),
         max_threads=props.max_threads_per_multi_processor,
     )
 
@@ -135,7 +135,8 @@ def backward_kernel(
         _run(
             persistent_backward_kernel, plan, launch, errors,
             None if d_y is None else _from_row(d_y, rows),
-            *(None if state is None else _rows_of(state, rows, whole) for state in (d_h_n, d_c_n)), None, w_hh, _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
+            *(None if state is None else _rows_of(state, rows, whole) for state in (d_h_n, d_c_n)), None,
+            w_hh, _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
             _from_row(d_gates, rows), *outs, None if lengths is None else lengths[rows], None, None, None, None, errors,
             T, rows.stop - rows.start, B, 1, H, 1, D, PRE_ACTIVATION=int(pre_activation),
         )  # fmt: skip

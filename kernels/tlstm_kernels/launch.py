@@ -15,7 +15,7 @@ from torch import Tensor
 from . import layer_reference
 from .kernel_calls import backward_kernel, forward_kernel, with_plan
 from .launch_plan import LaunchPlan
-from .layer_weights import DirectionWeights, split_weights
+from .layer_weights import DirectionWeights, split_weights, weight_kinds
 
 
 def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -29,18 +29,16 @@ def forward(
     c_0: Tensor,  # (D, B, H)
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
-    has_bias: bool,
-    has_projection: bool,
     keep: str,  # "gates", "states" or "nothing": what the backward pass will be given
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
 
     def run(plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if plan.regime == "per_step":
-            results = layer_reference.forward(x, h_0, c_0, weights, lengths, has_bias, has_projection, keep)
+            results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep)
             gates_dtype, cells_dtype = kept_dtypes(x.dtype)
             return *results[:3], results[3].to(gates_dtype), results[4].to(cells_dtype)
-        split = split_weights(weights, has_bias, has_projection)
+        split = split_weights(weights, h_0.shape[0])
         apart = [
             forward_kernel(
                 plan,
@@ -62,7 +60,7 @@ def forward(
         return torch.cat(y, -1), torch.cat(h_n), torch.cat(c_n), gates_and_cells[0], gates_and_cells[1]
 
     with torch.no_grad(), torch.cuda.device_of(x):
-        return with_plan("forward", x, c_0, has_projection, run)
+        return with_plan("forward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
 
 
 def backward(
@@ -77,8 +75,6 @@ def backward(
     gates: Tensor,  # (T, B, D, 4H), or empty: computed again
     cells: Tensor,  # (T, B, D, H)
     lengths: Tensor | None,  # (B,)
-    has_bias: bool,
-    has_projection: bool,
     need_x: bool,
     need_weights: bool,
 ) -> list[Tensor]:
@@ -86,9 +82,9 @@ def backward(
 
     def run(plan: LaunchPlan) -> list[Tensor]:
         if plan.regime == "per_step":
-            inputs = (x, h_0, c_0, weights, y, gates, cells, lengths, has_bias, has_projection)
+            inputs = (x, h_0, c_0, weights, y, gates, cells, lengths)
             return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights)
-        split = split_weights(weights, has_bias, has_projection)
+        split = split_weights(weights, h_0.shape[0])
         ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
         apart = [
             backward_kernel(
@@ -114,7 +110,7 @@ def backward(
         return [d_x, d_h_0, d_c_0, *d_weights]
 
     with torch.no_grad(), torch.cuda.device_of(x):
-        return with_plan("backward", x, c_0, has_projection, run)
+        return with_plan("backward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
 
 
 def _direction_sets(plan: LaunchPlan) -> list[slice]:

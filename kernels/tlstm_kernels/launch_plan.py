@@ -121,8 +121,8 @@ class LaunchPlan:
             f"{sizes}: {self.regime}, {where}. {launches} of {self.programs} programs x {self.groups} batch groups x "
             f"{self.directions} directions on {self.gpu}; {self.units} units and {self.rows} rows per program, "
             f"{self.chunks} chunks of {self.block_k} along the contraction ({self.contraction}), {self.num_warps} warps"
-            f"{rounding}, about {shared_memory_bytes(self) / KIB:.0f} KiB shared memory and {registers_per_thread(self)} registers. "
-            f"Chosen by: {self.source}. Model, per step: {self.cost}."
+            f"{rounding}, about {shared_memory_bytes(self) / KIB:.0f} KiB of shared memory and "
+            f"{registers_per_thread(self)} registers. Chosen by: {self.source}. Model, per step: {self.cost}."
         )
 
 

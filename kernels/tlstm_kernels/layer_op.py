@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import layer_reference, reference
 from .checks import check_layer
+from .launch_options import applied, current_options
 from .layer_reference import or_zeros
 from .layer_weights import split_weights
 
@@ -35,8 +36,6 @@ def lstm_layer(
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None = None,  # (B,) integer, 0..T
     *,
-    has_bias: bool = True,
-    has_projection: bool = False,
     backend: str = "triton",
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,30 +60,29 @@ def lstm_layer(
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
-            flags: dict[str, Any] = {"has_bias": has_bias, "has_projection": has_projection}
-            return lstm_layer(x, h_0, c_0, weights, lengths, **flags, backend=backend, recompute=recompute)
-    check_layer(x, h_0, c_0, weights, lengths, has_bias, has_projection, backend)
+            return lstm_layer(x, h_0, c_0, weights, lengths, backend=backend, recompute=recompute)
+    check_layer(x, h_0, c_0, weights, lengths, backend)
 
     keep = "nothing"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *weights)):
         keep = "states" if recompute else "gates"
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if backend == "reference" and not traced:
-        return _reference_layer(x, h_0, c_0, weights, lengths, has_bias, has_projection)
+        return _reference_layer(x, h_0, c_0, weights, lengths)
     if traced or type(x) not in _PLAIN_TENSORS:
-        results = lstm_layer_op(x, h_0, c_0, list(weights), lengths, has_bias, has_projection, backend, keep)
-    elif keep == "nothing":
-        results = _implementation(backend).forward(x, h_0, c_0, weights, lengths, has_bias, has_projection, keep)
+        results = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep)
     else:
-        results = LayerFunction.apply(x, h_0, c_0, lengths, has_bias, has_projection, backend, keep, *weights)
+        results = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, *weights)
     return results[0], results[1], results[2]
 
 
-def _reference_layer(x, h_0, c_0, weights, lengths, has_bias, has_projection) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Every transform of torch.func and torch.export goes through this one; torch.compile would unroll it over time."""
     results = [
         reference.lstm(x, h_0[k], c_0[k], *w, lengths, k == 1)
-        for k, w in enumerate(split_weights(weights, has_bias, has_projection))
+        for k, w in enumerate(split_weights(weights, h_0.shape[0]))
     ]
     y, h_n, c_n = zip(*results, strict=True)
     return torch.cat(y, -1) if len(y) > 1 else y[0], torch.stack(h_n), torch.stack(c_n)
@@ -99,19 +97,19 @@ class LayerFunction(torch.autograd.Function):
     """The eager way."""
 
     @staticmethod
-    def forward(x, h_0, c_0, lengths, has_bias, has_projection, backend, keep, *weights):
-        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, has_bias, has_projection, keep)
+    def forward(x, h_0, c_0, lengths, backend, keep, *weights):
+        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h_0, c_0, lengths, ctx.has_bias, ctx.has_projection, ctx.backend, _, *weights = inputs
+        x, h_0, c_0, lengths, ctx.backend, _, *weights = inputs
         _save(ctx, x, h_0, c_0, weights, lengths, output)
 
     @staticmethod
     def backward(ctx, d_y, d_h_n, d_c_n, *_):
         needs = ctx.needs_input_grad
-        d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[8:]))
-        return d_x if needs[0] else None, d_h_0, d_c_0, *(None,) * 5, *(d_weights or (None,) * (len(needs) - 8))
+        d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[6:]))
+        return d_x if needs[0] else None, d_h_0, d_c_0, None, None, None, *(d_weights or (None,) * (len(needs) - 6))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -131,17 +129,15 @@ def lstm_layer_op(
     c_0: Tensor,
     weights: Sequence[Tensor],
     lengths: Tensor | None,
-    has_bias: bool,
-    has_projection: bool,
     backend: str,
     keep: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The compiled way; arguments as in `layer_reference.forward`."""
-    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, has_bias, has_projection, keep)
+    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep)
 
 
 @lstm_layer_op.register_fake
-def _(x, h_0, c_0, weights, lengths, has_bias, has_projection, backend, keep):
+def _(x, h_0, c_0, weights, lengths, backend, keep):
     T, B, _ = x.shape
     D, _, P = h_0.shape
     H = c_0.shape[-1]
@@ -164,29 +160,13 @@ def lstm_layer_backward_op(
     gates: Tensor,
     cells: Tensor,
     lengths: Tensor | None,
-    has_bias: bool,
-    has_projection: bool,
     backend: str,
     need_x: bool,
     need_weights: bool,
 ) -> list[Tensor]:
     """Gradients of x (empty if not needed), h_0, c_0, and of the weights (none if not needed)."""
     gradients = _implementation(backend).backward(
-        d_y,
-        d_h_n,
-        d_c_n,
-        x,
-        h_0,
-        c_0,
-        weights,
-        y,
-        gates,
-        cells,
-        lengths,
-        has_bias,
-        has_projection,
-        need_x,
-        need_weights,
+        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, need_x, need_weights
     )
     # The two biases have one gradient, and an operator may not return a tensor twice.
     first = {id(g): n for n, g in reversed(list(enumerate(gradients)))}
@@ -194,44 +174,52 @@ def lstm_layer_backward_op(
 
 
 @lstm_layer_backward_op.register_fake
-def _(
-    d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths,
-    has_bias, has_projection, backend, need_x, need_weights,
-):  # fmt: skip
+def _(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, backend, need_x, need_weights):
     d_weights = [w.new_empty(w.shape) for w in weights] if need_weights else []
     return [x.new_empty(x.shape if need_x else (0,)), h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), *d_weights]
 
 
-def _setup_op_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, h_0, c_0, weights, lengths, ctx.has_bias, ctx.has_projection, ctx.backend, _ = inputs
+def _setup_op_context(ctx, inputs, output):
+    x, h_0, c_0, weights, lengths, ctx.backend, _ = inputs
     _save(ctx, x, h_0, c_0, weights, lengths, output)
 
 
-def _op_backward(ctx: Any, d_y, d_h_n, d_c_n, *_):
+def _op_backward(ctx, d_y, d_h_n, d_c_n, *_):
     needs = ctx.needs_input_grad
     need_weights = any(needs[3])
     d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], need_weights)
-    return d_x if needs[0] else None, d_h_0, d_c_0, d_weights if need_weights else [None] * len(needs[3]), *(None,) * 5
+    return (
+        d_x if needs[0] else None,
+        d_h_0,
+        d_c_0,
+        d_weights if need_weights else [None] * len(needs[3]),
+        None,
+        None,
+        None,
+    )
 
 
 lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
 
 
-def _save(ctx: Any, x, h_0, c_0, weights, lengths, output) -> None:
+def _save(ctx, x, h_0, c_0, weights, lengths, output):
+    # Autograd runs the backward pass in a thread of its own, where the caller's options are not in force.
+    ctx.launch_options = current_options()
     y, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *weights)
 
 
-def _gradients(ctx: Any, d_y, d_h_n, d_c_n, need_x: bool, need_weights: bool) -> Sequence[Tensor]:
+def _gradients(ctx, d_y, d_h_n, d_c_n, need_x, need_weights):
     x, h_0, c_0, lengths, y, gates, cells, *weights = ctx.saved_tensors
     if torch.is_grad_enabled():
         # Second derivatives were asked for. What was kept is constant to autograd: compute it again from the inputs.
         outer = (or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0))
-        inputs = (x, h_0, c_0, weights, lengths, ctx.has_bias, ctx.has_projection)
+        inputs = (x, h_0, c_0, weights, lengths)
         return layer_reference.differentiable_backward(*outer, *inputs)
-    arguments = (d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, ctx.has_bias, ctx.has_projection)
+    arguments = (d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
         return lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights)
-    return _implementation(ctx.backend).backward(*arguments, need_x, need_weights)
+    with applied(ctx.launch_options):
+        return _implementation(ctx.backend).backward(*arguments, need_x, need_weights)

@@ -25,13 +25,11 @@ def forward(
     c_0: Tensor,  # (D, B, H)
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
-    has_bias: bool,
-    has_projection: bool,
     keep: str,  # "gates", "states" or "nothing": what the backward pass will be given
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
     with torch.no_grad():
-        split = split_weights(weights, has_bias, has_projection)
+        split = split_weights(weights, h_0.shape[0])
         results = [reference.lstm_forward(x, h_0[k], c_0[k], *w, lengths, k == 1) for k, w in enumerate(split)]
         y, h_n, c_n, steps = zip(*results, strict=True)
         gates, cells = (x.new_empty(0, dtype=dtype) for dtype in kept_dtypes(x.dtype))
@@ -54,8 +52,6 @@ def backward(
     gates: Tensor,  # (T, B, D, 4H), or empty: computed again
     cells: Tensor,  # (T, B, D, H)
     lengths: Tensor | None,  # (B,)
-    has_bias: bool,
-    has_projection: bool,
     need_x: bool,
     need_weights: bool,
 ) -> list[Tensor]:
@@ -71,9 +67,7 @@ def backward(
                 i, f, g, o = gates[:, :, k].to(cells.dtype).chunk(4, -1)
                 steps.append(reference.LSTMSteps(i, f, g, o, cells[:, :, k], h.to(cells.dtype)))
         d_y, d_h_n, d_c_n = or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0)
-        d_x, d_h_0, d_c_0, *d_weights = differentiable_backward(
-            d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, has_bias, has_projection, steps
-        )
+        d_x, d_h_0, d_c_0, *d_weights = differentiable_backward(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, steps)
     return [d_x if need_x else x.new_empty(0), d_h_0, d_c_0, *(d_weights if need_weights else [])]
 
 
@@ -86,14 +80,12 @@ def differentiable_backward(
     c_0: Tensor,  # (D, B, H)
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
-    has_bias: bool,
-    has_projection: bool,
     steps: Sequence[reference.LSTMSteps] | None = None,  # one for each direction; None: computed again, differentiably
 ) -> list[Tensor]:
     """Gradients of x, h_0, c_0 and of the flat weights, through operations that autograd can differentiate again."""
     P = h_0.shape[-1]
     gradients = []
-    for k, w in enumerate(split_weights(weights, has_bias, has_projection)):
+    for k, w in enumerate(split_weights(weights, h_0.shape[0])):
         inputs = (x, h_0[k], c_0[k], *w)
         own = steps[k] if steps is not None else reference.lstm_forward(*inputs, lengths, k == 1)[3]
         d_y_own = d_y[..., k * P : (k + 1) * P]

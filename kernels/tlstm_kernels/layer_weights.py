@@ -22,10 +22,19 @@ class DirectionWeights(NamedTuple):
         return [w for w in self if w is not None]
 
 
-def split_weights(weights: Sequence[Tensor], has_bias: bool, has_projection: bool) -> list[DirectionWeights]:
-    """Take a flat list apart: for each direction W_ih, W_hh, then b_ih, b_hh with bias, then W_hr with a projection."""
-    n = 2 + 2 * has_bias + has_projection
-    assert len(weights) in (n, 2 * n), "the number of weights does not fit one or two directions"
+def weight_kinds(weights: Sequence[Tensor], D: int) -> tuple[bool, bool]:
+    """Whether a layer of D directions has biases, and whether it has a projection: its number of weights says both.
+
+    Each direction has W_ih and W_hh, then b_ih and b_hh with bias, then W_hr with a projection.
+    """
+    n = len(weights) // D
+    return n >= 4, n % 2 == 1
+
+
+def split_weights(weights: Sequence[Tensor], D: int) -> list[DirectionWeights]:
+    """The flat list of a layer of D directions, taken apart."""
+    n = len(weights) // D
+    has_bias, has_projection = weight_kinds(weights, D)
     directions = []
     for start in range(0, len(weights), n):
         w_ih, w_hh, *rest = weights[start : start + n]

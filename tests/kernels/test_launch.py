@@ -78,21 +78,21 @@ def draw(case, dtype=torch.float32):
     return inputs, weights, None if lengths is None else torch.tensor(lengths), [d.to(dtype) for d in outer]
 
 
-def run(module, inputs, weights, lengths, outer, keep, bias):
-    *outputs, gates, cells = module.forward(*inputs, weights, lengths, bias, False, keep)
-    saved = (outputs[0], gates, cells, lengths, bias, False)
+def run(module, inputs, weights, lengths, outer, keep):
+    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep)
+    saved = (outputs[0], gates, cells, lengths)
     return outputs + module.backward(*outer, *inputs, weights, *saved, True, True)
 
 
 @pytest.mark.parametrize("keep", ["gates", "states"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(gpu, name, keep):
-    _, _, bias, pins, grids = CASES[name]
+    *_, pins, grids = CASES[name]
     inputs, weights, lengths, outer = draw(CASES[name])
     with launch_options(forward=pins, backward=pins):
-        actual = run(launch, inputs, weights, lengths, outer, keep, bias)
+        actual = run(launch, inputs, weights, lengths, outer, keep)
     assert gpu == grids
-    expected = run(layer_reference, inputs, weights, lengths, outer, keep, bias)
+    expected = run(layer_reference, inputs, weights, lengths, outer, keep)
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         # float32 sums of up to T * B = 57 terms of size 1 in another order
@@ -103,12 +103,12 @@ def test_half_types_keep_half_gates(gpu):
     case = CASES["both directions in one launch"]
     inputs, weights, lengths, outer = draw(case, torch.float16)
     with launch_options(SMALL, SMALL):
-        y, h_n, c_n, gates, cells = launch.forward(*inputs, weights, lengths, True, False, "gates")
-        actual = run(launch, inputs, weights, lengths, outer, "gates", True)
+        y, h_n, c_n, gates, cells = launch.forward(*inputs, weights, lengths, "gates")
+        actual = run(launch, inputs, weights, lengths, outer, "gates")
     assert y.dtype == h_n.dtype == c_n.dtype == gates.dtype == torch.float16
     assert cells.dtype == torch.float32
     exact = [[t.double() for t in group] for group in (inputs, weights, outer)]
-    expected = run(layer_reference, exact[0], exact[1], lengths, exact[2], "gates", True)
+    expected = run(layer_reference, exact[0], exact[1], lengths, exact[2], "gates")
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float16
         # Rounded to 11 bits: x_proj, h and the gates at each of 3 steps, and the result.
@@ -121,8 +121,8 @@ def test_padding_is_never_read(gpu):
     poisoned[2:, 2], poisoned[:, 1] = torch.nan, torch.inf
     with launch_options(SMALL, SMALL):
         for keep in ("gates", "states"):
-            clean = run(launch, inputs, weights, lengths, outer, keep, True)
-            dirty = run(launch, (poisoned, *inputs[1:]), weights, lengths, outer, keep, True)
+            clean = run(launch, inputs, weights, lengths, outer, keep)
+            dirty = run(launch, (poisoned, *inputs[1:]), weights, lengths, outer, keep)
             for a, b in zip(clean, dirty, strict=True):
                 assert torch.equal(a, b)
 
@@ -130,8 +130,8 @@ def test_padding_is_never_read(gpu):
 def test_lengths_past_the_end_mean_the_end(gpu):
     inputs, weights, lengths, outer = draw(CASES["lengths"])
     with launch_options(SMALL, SMALL):
-        actual = run(launch, inputs, weights, torch.tensor((9, -1, 2, 1, 3)), outer, "gates", True)
-        for a, e in zip(actual, run(launch, inputs, weights, lengths, outer, "gates", True), strict=True):
+        actual = run(launch, inputs, weights, torch.tensor((9, -1, 2, 1, 3)), outer, "gates")
+        for a, e in zip(actual, run(launch, inputs, weights, lengths, outer, "gates"), strict=True):
             assert torch.equal(a, e)
 
 
@@ -139,7 +139,7 @@ def test_nan_input_gives_nan_and_ends(gpu):
     inputs, weights, lengths, outer = draw(CASES["persistent"])
     inputs[0][1, 2, 3] = torch.nan
     with launch_options(SMALL, SMALL):
-        y, *_ = run(launch, inputs, weights, lengths, outer, "gates", True)
+        y, *_ = run(launch, inputs, weights, lengths, outer, "gates")
     assert y[1:, 2].isnan().all()
     assert not y[0].isnan().any()
     assert not y[:, [0, 1, 3, 4]].isnan().any()
@@ -147,8 +147,8 @@ def test_nan_input_gives_nan_and_ends(gpu):
 
 def test_what_no_kernel_covers_goes_through_the_equations(gpu):
     inputs, weights, lengths, outer = draw(CASES["persistent"], torch.float64)
-    actual = run(launch, inputs, weights, lengths, outer, "gates", True)
-    expected = run(layer_reference, inputs, weights, lengths, outer, "gates", True)
+    actual = run(launch, inputs, weights, lengths, outer, "gates")
+    expected = run(layer_reference, inputs, weights, lengths, outer, "gates")
     assert gpu == []
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float64
@@ -172,12 +172,12 @@ def test_a_plan_that_does_not_fit_after_all_is_replaced(gpu, monkeypatch):
     monkeypatch.setattr(kernel_calls, "persistent_forward_kernel", Refusing())
     monkeypatch.setattr(kernel_calls, "_too_large", {})
     inputs, weights, lengths, _ = draw(CASES["persistent"])
-    y, *_ = launch.forward(*inputs, weights, lengths, True, False, "nothing")
+    y, *_ = launch.forward(*inputs, weights, lengths, "nothing")
     assert len(set(refused)) == 2
-    torch.testing.assert_close(y, layer_reference.forward(*inputs, weights, lengths, True, False, "nothing")[0])
+    torch.testing.assert_close(y, layer_reference.forward(*inputs, weights, lengths, "nothing")[0])
     refused.clear()
     with launch_options(forward=SMALL), pytest.raises(PlanError, match=r"compiled kernel does not fit.*H=13"):
-        launch.forward(*inputs, weights, lengths, True, False, "nothing")
+        launch.forward(*inputs, weights, lengths, "nothing")
 
 
 def test_a_lost_program_is_reported_instead_of_waited_for(gpu, monkeypatch):
@@ -192,4 +192,4 @@ def test_a_lost_program_is_reported_instead_of_waited_for(gpu, monkeypatch):
     inputs, weights, lengths, _ = draw(((3, 5, 4, 21, 1), None, True))
     message = r"2 of 3 programs gave up waiting after 1 loads.*could not start step 1: row 0.*unit slice [12] owns"
     with launch_options(forward=SMALL, max_spins=1), pytest.raises(kernel_calls.ExchangeError, match=message):
-        launch.forward(*inputs, weights, lengths, True, False, "nothing")
+        launch.forward(*inputs, weights, lengths, "nothing")
