@@ -14,30 +14,30 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """tanh to about one unit in the last place of float32 over the whole line; NaN stays NaN.
+    """tanh to within 2 units in the last place of float32, on the whole line; NaN stays NaN.
 
-    Near zero 1 - 2 / (exp(2x) + 1) cancels, so an odd polynomial (least maximum relative error on |x| < 0.55) takes
-    over there.
+    Near zero the quotient cancels, so an odd polynomial takes over there: x + x^3 p(x^2) with the smallest maximum
+    relative error (1.6e-8) on |x| < 0.7, from a Lawson fit in float64.
     """
     a = tl.abs(x)
-    large = 1 - 2 / (tl.exp(2 * a) + 1)
+    large = 1 - 2 / (1 + tl.exp(2 * a))
     large = tl.where(x < 0, -large, large)
     s = x * x
-    p = 1.5713601e-02
-    p = p * s - 5.2291520e-02
-    p = p * s + 1.3314801e-01
-    p = p * s - 3.3332768e-01
-    small = p * s * x + x
-    return tl.where(a < 0.55, small, large)
+    p = -0.0051387124
+    p = p * s + 0.0200920259
+    p = p * s - 0.0535588826
+    p = p * s + 0.133291111
+    p = p * s - 0.333331899
+    return tl.where(a < 0.7, x + x * (s * p), large)
 
 
 @triton.jit
 def split_gates(z):
-    """Columns ordered (gate, unit), as torch stores them: (BLOCK_B, 4 * UNITS) -> i, f, g, o, each (BLOCK_B, UNITS)."""
-    BLOCK_B: tl.constexpr = z.shape[0]
-    UNITS: tl.constexpr = z.shape[1] // 4
-    z = tl.permute(tl.reshape(z, (BLOCK_B, 4, UNITS)), (0, 2, 1))
-    i_and_g, f_and_o = tl.split(tl.reshape(z, (BLOCK_B, UNITS, 2, 2)))  # by the low bit of the gate's number
+    """Rows ordered (gate, unit), as torch stores them: (4 * UNITS, BLOCK_B) -> i, f, g, o, each (UNITS, BLOCK_B)."""
+    UNITS: tl.constexpr = z.shape[0] // 4
+    BLOCK_B: tl.constexpr = z.shape[1]
+    z = tl.permute(tl.reshape(z, (4, UNITS, BLOCK_B)), (1, 2, 0))
+    i_and_g, f_and_o = tl.split(tl.reshape(z, (UNITS, BLOCK_B, 2, 2)))  # by the low bit of the gate's number
     i, g = tl.split(i_and_g)
     f, o = tl.split(f_and_o)
     return i, f, g, o
@@ -50,9 +50,9 @@ def activate(z_i, z_f, z_g, z_o):
 
 @triton.jit
 def cell_backward(
-    i, f, g, o,  # (BLOCK_B, UNITS) gates after their activation
-    c, c_prev,  # (BLOCK_B, UNITS) cell state after and before the step
-    d_h, d_c,  # (BLOCK_B, UNITS) gradients of h_t and c_t, d_c still without its part through h_t
+    i, f, g, o,  # (UNITS, BLOCK_B) gates after their activation
+    c, c_prev,  # (UNITS, BLOCK_B) cell state after and before the step
+    d_h, d_c,  # (UNITS, BLOCK_B) gradients of h_t and c_t, d_c still without its part through h_t
 ):  # fmt: skip
     """Gradients of the four pre-activations and of c_{t-1}."""
     tanh_c = tanh(c)

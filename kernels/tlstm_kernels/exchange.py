@@ -13,15 +13,6 @@ import triton.language as tl
 
 
 @triton.jit
-def sentinel_mask(values):
-    """True where an element still has the bit pattern that the buffer was filled with."""
-    if values.dtype.primitive_bitwidth == 16:
-        return values.to(tl.int16, bitcast=True) == -1
-    else:
-        return values.to(tl.int32, bitcast=True) == -1
-
-
-@triton.jit
 def without_sentinel(values):
     """The sentinel is a NaN. Where the model itself computed that very NaN, take its twin with the sign bit cleared."""
     if values.dtype.primitive_bitwidth == 16:
@@ -39,25 +30,46 @@ def publish(pointers, values, mask):
 
 
 @triton.jit
-def tile_columns(n, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Where the columns of chunk n are in a row: gates of H columns each that start GATE_STRIDE apart."""
-    k = n * BLOCK_K + tl.arange(0, BLOCK_K)
-    if GATE_STRIDE == H:
-        return k
-    else:
-        return k + (k // H) * (GATE_STRIDE - H)
-
-
-@triton.jit
-def load_chunk(
+def load_words(
     row_pointers, row_mask,  # (BLOCK_B,), as in `receive`
     n, K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Columns n * BLOCK_K onwards of the tile, (BLOCK_B, BLOCK_K), zero outside it."""
-    columns = tile_columns(n, H, GATE_STRIDE, BLOCK_K)
-    mask = row_mask[:, None] & (n * BLOCK_K + tl.arange(0, BLOCK_K) < K)[None, :]
+    """Columns n * BLOCK_K onwards of the tile as integers, zero outside it.
+
+    (BLOCK_B, BLOCK_K) of the element's width; where H allows it, 16-bit elements come in pairs: (BLOCK_B, BLOCK_K / 2)
+    of 32 bits, the lower column in the lower half.
+    """
+    BITS: tl.constexpr = row_pointers.dtype.element_ty.primitive_bitwidth
+    PER_WORD: tl.constexpr = 2 if BITS == 16 and H % 2 == 0 else 1
+    WORD: tl.constexpr = tl.int16 if BITS * PER_WORD == 16 else tl.int32
+    k = (n * BLOCK_K // PER_WORD) + tl.arange(0, BLOCK_K // PER_WORD)
+    columns = k
+    if GATE_STRIDE != H:
+        columns += (k // (H // PER_WORD)) * ((GATE_STRIDE - H) // PER_WORD)
+    pointers = row_pointers.to(tl.pointer_type(WORD), bitcast=True)
+    mask = row_mask[:, None] & (k < K // PER_WORD)[None, :]
     # volatile: from the L2 cache, where the other programs' stores arrive, never from this multiprocessor's own L1.
-    return tl.load(row_pointers[:, None] + columns[None, :], mask=mask, other=0.0, volatile=True)
+    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0, volatile=True)
+
+
+@triton.jit
+def sentinel_bits(words, DTYPE: tl.constexpr):
+    """Not zero where a word holds the sentinel, in an element or in half of a pair: only then has ~w a zero there."""
+    if DTYPE.primitive_bitwidth == 16 and words.dtype.primitive_bitwidth == 32:
+        # v - 1 borrows into the top bit of each half that is zero (or above one that is).
+        return (-0x10002 - words) & words & -0x7FFF8000
+    else:
+        return (words == -1).to(tl.int32)
+
+
+@triton.jit
+def as_elements(words, DTYPE: tl.constexpr):
+    """(BLOCK_B, BLOCK_K) values of the words' columns."""
+    if DTYPE.primitive_bitwidth == words.dtype.primitive_bitwidth:
+        return words.to(DTYPE, bitcast=True)
+    else:
+        pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        return tl.reshape(pairs, (words.shape[0], 2 * words.shape[1])).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -65,15 +77,26 @@ def load_tile(
     row_pointers, row_mask, exchanged,  # (BLOCK_B,), as in `receive`
     K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All ceil(K / BLOCK_K) chunks of the tile as a tuple, and 1 if an element of it is not written yet."""
-    chunks = ()
-    unwritten = tl.zeros((row_mask.shape[0], BLOCK_K), tl.int1)
-    for n in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-        chunk = load_chunk(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
-        unwritten |= sentinel_mask(chunk)
-        chunks = chunks + (chunk,)  # noqa: RUF005  (the compiler has no unpacking)
-    unwritten &= exchanged[:, None]
-    return chunks, tl.max(tl.max(unwritten.to(tl.int32), axis=1), axis=0)
+    """All ceil(K / BLOCK_K) chunks of the tile as a tuple of words, and not 0 if an element of it is not written."""
+    DTYPE: tl.constexpr = row_pointers.dtype.element_ty
+    words = (load_words(row_pointers, row_mask, 0, K, H, GATE_STRIDE, BLOCK_K),)
+    unwritten = sentinel_bits(words[0], DTYPE)
+    for n in tl.static_range(1, (K + BLOCK_K - 1) // BLOCK_K):
+        chunk = load_words(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
+        unwritten |= sentinel_bits(chunk, DTYPE)
+        words = words + (chunk,)  # noqa: RUF005  (the compiler has no unpacking)
+    unwritten = (unwritten != 0) & exchanged[:, None]
+    return words, tl.max(tl.max(unwritten.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def load_chunk(
+    row_pointers, row_mask, n,
+    K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Chunk n of a tile that has been waited for: (BLOCK_B, BLOCK_K) values."""
+    words = load_words(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
+    return as_elements(words, row_pointers.dtype.element_ty)
 
 
 @triton.jit
@@ -90,18 +113,18 @@ def receive(
     KEEP: tl.constexpr,  # 0: only wait; what is returned has no use
     MAX_SPINS: tl.constexpr,
 ):
-    """Wait until every element of the tile is written; returns it as a tuple of chunks (BLOCK_B, BLOCK_K).
+    """Wait until every element of the tile is written; returns it as a tuple of words, for `as_elements`.
 
     With MAX_SPINS > 0 the wait ends after so many loads at the latest and what it was for is reported; from then on
     this program waits for nothing, so that the launch ends.
     """
-    chunks, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+    words, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
     spins_left = MAX_SPINS
     if MAX_SPINS > 0:
         spins_left = tl.where(tl.load(error_ptr, volatile=True) == 0, MAX_SPINS, 0)
     while unwritten != 0 if MAX_SPINS == 0 else (unwritten != 0) & (spins_left > 0):
         if KEEP:
-            chunks, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+            words, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
         else:
             _, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
         if MAX_SPINS > 0:
@@ -109,7 +132,7 @@ def receive(
     if MAX_SPINS > 0:
         if unwritten != 0:
             report(error_ptr, step, row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
-    return chunks
+    return words
 
 
 @triton.jit
@@ -118,17 +141,19 @@ def report(
     K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write to `error_ptr`, the first time only: 1 + the step that could not go on, then the first missing row of the
-    tile and its first missing column k (which the program that owns unit k % H should have written)."""
+    tile and its first missing column k (to be written by the program that owns unit k % H)."""
+    NOTHING: tl.constexpr = 0x7FFFFFFF
     if tl.load(error_ptr, volatile=True) == 0:
         rows = tl.arange(0, row_mask.shape[0])
-        first_row = tl.full((), 2147483647, tl.int32)
-        first_column = tl.full((), 2147483647, tl.int32)
+        first_row = tl.full((), NOTHING, tl.int32)
+        first_column = tl.full((), NOTHING, tl.int32)
         for n in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            chunk = load_chunk(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
-            unwritten = sentinel_mask(chunk) & exchanged[:, None]
-            columns = tl.where(unwritten, n * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], 2147483647)
+            values = load_chunk(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K)
+            bits = values.to(tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
+            unwritten = (bits == -1) & exchanged[:, None]
+            columns = tl.where(unwritten, n * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], NOTHING)
             column_of_row = tl.min(columns, axis=1)
-            first_row = tl.minimum(first_row, tl.min(tl.where(column_of_row < 2147483647, rows, 2147483647), axis=0))
+            first_row = tl.minimum(first_row, tl.min(tl.where(column_of_row < NOTHING, rows, NOTHING), axis=0))
             first_column = tl.minimum(first_column, tl.min(column_of_row, axis=0))
         tl.store(error_ptr + 1, first_row)
         tl.store(error_ptr + 2, first_column)

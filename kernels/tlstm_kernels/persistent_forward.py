@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .cell import activate, split_gates, tanh
-from .exchange import load_chunk, publish, receive
+from .exchange import as_elements, load_chunk, publish, receive
 from .steps import load_gates, rows_of_step
 
 
@@ -39,9 +39,10 @@ def persistent_forward_kernel(
     D: tl.constexpr,  # directions, 1 or 2
     REVERSE: tl.constexpr,  # 1 if direction 0 reads backwards in time; direction 1 reads the other way
     UNITS: tl.constexpr,  # power of two; UNITS >= H: one program per group, and h never leaves it
-    BLOCK_B: tl.constexpr,  # power of two >= 16
+    BLOCK_B: tl.constexpr,  # power of two >= 8
     BLOCK_K: tl.constexpr,  # power of two >= 16; UNITS where UNITS >= H
-    WEIGHTS_ON_CHIP: tl.constexpr,  # 0: stream W_hh from the L2 cache at every step
+    WEIGHTS_ON_CHIP: tl.constexpr,  # 0: stream W_hh from the L2 cache at every step (UNITS < H, KEEP_TILE = 0)
+    KEEP_TILE: tl.constexpr,  # 1: h stays in registers between wait and product; 0: load it again, for large tiles
     INPUT_PRECISION: tl.constexpr,  # of float32 products: "ieee", "tf32x3", "tf32"
     MAX_SPINS: tl.constexpr,  # 0: wait for ever
 ):  # fmt: skip
@@ -63,11 +64,11 @@ def persistent_forward_kernel(
     units = tl.program_id(0) * UNITS + tl.arange(0, UNITS)  # (UNITS,)
     row_mask = rows < B
     unit_mask = units < H
-    mask = row_mask[:, None] & unit_mask[None, :]
+    mask = unit_mask[:, None] & row_mask[None, :]
     h_columns = direction * WIDTH + head * H + units
     gate_columns = direction * 4 * WIDTH + head * H + units  # of gate i; the others follow at distance WIDTH
     state_rows = (direction.to(tl.int64) * B + rows) * WIDTH + head * H  # (BLOCK_B,) in the (D, B, N * H) tensors
-    state = state_rows[:, None] + units[None, :]
+    state = state_rows[None, :] + units[:, None]
     lengths = tl.full((BLOCK_B,), 0, tl.int32) + T
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=row_mask, other=0).to(tl.int32)
@@ -75,22 +76,19 @@ def persistent_forward_kernel(
         program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
         error_ptr += program * 4
 
-    # This program's rows of W_hh as chunks (BLOCK_K, 4 * UNITS), columns ordered (gate, unit).
-    column = tl.arange(0, 4 * UNITS)
-    w_unit = tl.program_id(0) * UNITS + column % UNITS
-    w_row = (tl.program_id(2).to(tl.int64) * 4 * H + (column // UNITS) * H + w_unit) * H
-    k_in_chunk = tl.arange(0, BLOCK_K)
-    w_pointers = w_hh_ptr + w_row[None, :] + k_in_chunk[:, None]
+    # This program's rows of W_hh, ordered (gate, unit), as chunks (4 * UNITS, BLOCK_K).
+    w_rows = tl.arange(0, 4 * UNITS)
+    w_units = tl.program_id(0) * UNITS + w_rows % UNITS
+    w_ptr = w_hh_ptr + (tl.program_id(2).to(tl.int64) * 4 * H + (w_rows // UNITS) * H + w_units) * H
     w_chunks = ()
     if WEIGHTS_ON_CHIP:
         for n in tl.static_range(NUM_CHUNKS):
-            w_mask = (w_unit < H)[None, :] & (n * BLOCK_K + k_in_chunk < H)[:, None]
-            w_chunks = w_chunks + (tl.load(w_pointers + n * BLOCK_K, mask=w_mask, other=0.0),)  # noqa: RUF005
+            w_chunks = w_chunks + (load_w_rows(w_ptr, w_units, n, H, BLOCK_K),)  # noqa: RUF005
 
-    h = tl.load(h_0_ptr + state, mask=mask, other=0.0)  # (BLOCK_B, UNITS) of this program's own units
+    h = tl.load(h_0_ptr + state, mask=mask, other=0.0)  # (UNITS, BLOCK_B) of this program's own units
     c = tl.load(c_0_ptr + state, mask=mask, other=0.0).to(tl.float32)
-    h_reset = tl.zeros((BLOCK_B, UNITS), DTYPE)
-    c_reset = tl.zeros((BLOCK_B, UNITS), tl.float32)
+    h_reset = tl.zeros((UNITS, BLOCK_B), DTYPE)
+    c_reset = tl.zeros((UNITS, BLOCK_B), tl.float32)
     if h_reset_ptr is not None:
         h_reset = tl.load(h_reset_ptr + state, mask=mask, other=0.0)
         c_reset = tl.load(c_reset_ptr + state, mask=mask, other=0.0).to(tl.float32)
@@ -104,18 +102,18 @@ def persistent_forward_kernel(
         reset = tl.zeros((BLOCK_B,), tl.int1)
         if resets_ptr is not None:
             reset = tl.load(resets_ptr + t.to(tl.int64) * B + rows, mask=row_mask & valid, other=0) != 0
-            h = tl.where(reset[:, None], h_reset, h)
-            c = tl.where(reset[:, None], c_reset, c)
+            h = tl.where(reset[None, :], h_reset, h)
+            c = tl.where(reset[None, :], c_reset, c)
 
         # Asked for before the wait, so that it is here when the next step begins.
         next_x_i, next_x_f, next_x_g, next_x_o = load_gates(
             x_proj_ptr, step + 1, rows, T, backwards, stride_t, stride_b, gate_columns, mask, WIDTH, D
         )
 
-        # z = h_{t-1} W_hh^T
-        z = tl.zeros((BLOCK_B, 4 * UNITS), tl.float32)
+        # z^T = W_hh h_{t-1}^T: the weights are the left operand, which matrix instructions want 64 rows or more of.
+        z = tl.zeros((4 * UNITS, BLOCK_B), tl.float32)
         if ALONE:
-            z = tl.dot(h, w_chunks[0], z, input_precision=INPUT_PRECISION)
+            z = tl.dot(w_chunks[0], h, z, input_precision=INPUT_PRECISION)
         else:
             # Where each row's h_{t-1} is: in the slot of the step before, or in a state that has always been there.
             row_before = row + (2 * backwards - 1) * stride_t
@@ -126,34 +124,46 @@ def persistent_forward_kernel(
                 h_rows = tl.where(reset, h_reset_ptr + state_rows, h_rows)
             elif resets_ptr is not None:
                 has_h &= reset == 0
+            if H % 16 == 0:
+                h_rows = tl.multiple_of(h_rows, 16)  # bytes; the compiler cannot see it through the choice of a pointer
             exchanged = has_h & (first == 0) & (reset == 0)
-            h_chunks = receive(h_rows, has_h, exchanged, error_ptr, step, H, H, H, BLOCK_K, WEIGHTS_ON_CHIP, MAX_SPINS)
+            h_words = receive(h_rows, has_h, exchanged, error_ptr, step, H, H, H, BLOCK_K, KEEP_TILE, MAX_SPINS)
             if WEIGHTS_ON_CHIP:
                 for n in tl.static_range(NUM_CHUNKS):
-                    z = tl.dot(h_chunks[n], w_chunks[n], z, input_precision=INPUT_PRECISION)
+                    if KEEP_TILE:
+                        h_chunk = as_elements(h_words[n], DTYPE)
+                    else:
+                        h_chunk = load_chunk(h_rows, has_h, n, H, H, H, BLOCK_K)
+                    z = tl.dot(w_chunks[n], tl.trans(h_chunk), z, input_precision=INPUT_PRECISION)
             else:
                 for n in range(NUM_CHUNKS):
-                    w_mask = (w_unit < H)[None, :] & (n * BLOCK_K + k_in_chunk < H)[:, None]
-                    w_chunk = tl.load(w_pointers + n * BLOCK_K, mask=w_mask, other=0.0)
+                    w_chunk = load_w_rows(w_ptr, w_units, n, H, BLOCK_K)
                     h_chunk = load_chunk(h_rows, has_h, n, H, H, H, BLOCK_K)
-                    z = tl.dot(h_chunk, w_chunk, z, input_precision=INPUT_PRECISION)
+                    z = tl.dot(w_chunk, tl.trans(h_chunk), z, input_precision=INPUT_PRECISION)
 
         z_i, z_f, z_g, z_o = split_gates(z)
         i, f, g, o = activate(z_i + x_i, z_f + x_f, z_g + x_g, z_o + x_o)
         c_new = f * c + i * g
         h_new = (o * tanh(c_new)).to(DTYPE)
-        c = tl.where(valid[:, None], c_new, c)
-        h = tl.where(valid[:, None], h_new, h)
-        publish(y_ptr + (row * (D * WIDTH))[:, None] + h_columns[None, :], tl.where(valid[:, None], h_new, 0), mask)
+        c = tl.where(valid[None, :], c_new, c)
+        h = tl.where(valid[None, :], h_new, h)
+        publish(y_ptr + (row * (D * WIDTH))[None, :] + h_columns[:, None], tl.where(valid[None, :], h_new, 0), mask)
         if gates_ptr is not None:
-            gates = gates_ptr + (row * (D * 4 * WIDTH))[:, None] + gate_columns[None, :]
+            gates = gates_ptr + (row * (D * 4 * WIDTH))[None, :] + gate_columns[:, None]
             tl.store(gates, i, mask=mask)
             tl.store(gates + WIDTH, f, mask=mask)
             tl.store(gates + 2 * WIDTH, g, mask=mask)
             tl.store(gates + 3 * WIDTH, o, mask=mask)
         if cells_ptr is not None:
-            tl.store(cells_ptr + (row * (D * WIDTH))[:, None] + h_columns[None, :], c, mask=mask)
+            tl.store(cells_ptr + (row * (D * WIDTH))[None, :] + h_columns[:, None], c, mask=mask)
         x_i, x_f, x_g, x_o = next_x_i, next_x_f, next_x_g, next_x_o
 
     tl.store(h_n_ptr + state, h, mask=mask)
     tl.store(c_n_ptr + state, c, mask=mask)
+
+
+@triton.jit
+def load_w_rows(w_ptr, w_units, n, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk n of this program's rows of W_hh: (4 * UNITS, BLOCK_K)."""
+    k = n * BLOCK_K + tl.arange(0, BLOCK_K)
+    return tl.load(w_ptr[:, None] + k[None, :], mask=(w_units < H)[:, None] & (k < H)[None, :], other=0.0)

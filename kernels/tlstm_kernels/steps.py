@@ -22,12 +22,12 @@ def load_units(
     pointer,  # (rows, ROW)
     step, rows, T, backwards, stride_t, stride_b,
     columns,  # (UNITS,)
-    mask,  # (BLOCK_B, UNITS)
+    mask,  # (UNITS, BLOCK_B)
     ROW: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile (BLOCK_B, UNITS) at `step`, as stored; zero past the last step."""
+    """This program's tile (UNITS, BLOCK_B) at `step`, as stored; zero past the last step."""
     row = rows_of_step(step, rows, T, backwards, stride_t, stride_b)
-    return tl.load(pointer + (row * ROW)[:, None] + columns[None, :], mask=mask & (step < T), other=0.0)
+    return tl.load(pointer + (row * ROW)[None, :] + columns[:, None], mask=mask & (step < T), other=0.0)
 
 
 @triton.jit
@@ -35,12 +35,12 @@ def load_gates(
     pointer,  # (rows, D * 4 * WIDTH)
     step, rows, T, backwards, stride_t, stride_b,
     columns,  # (UNITS,) of gate i; the other gates' follow at distance WIDTH
-    mask,  # (BLOCK_B, UNITS)
+    mask,  # (UNITS, BLOCK_B)
     WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The tiles (BLOCK_B, UNITS) of i, f, g, o at `step`, as stored; zero past the last step."""
+    """The tiles (UNITS, BLOCK_B) of i, f, g, o at `step`, as stored; zero past the last step."""
     row = rows_of_step(step, rows, T, backwards, stride_t, stride_b)
-    tile = pointer + (row * (D * 4 * WIDTH))[:, None] + columns[None, :]
+    tile = pointer + (row * (D * 4 * WIDTH))[None, :] + columns[:, None]
     mask &= step < T
     i = tl.load(tile, mask=mask, other=0.0)
     f = tl.load(tile + WIDTH, mask=mask, other=0.0)

@@ -38,6 +38,8 @@ class Case:
     block_b: int = 2
     block_k: int = 8
     on_chip: bool = True
+    keep_tile: bool = True
+    split_k: int = 1  # backward only
     pre_activation: bool = False
     max_spins: int = 0
 
@@ -60,6 +62,7 @@ class Case:
             "BLOCK_B": self.block_b,
             "BLOCK_K": self.units if alone else self.block_k,
             "WEIGHTS_ON_CHIP": int(self.on_chip),
+            "KEEP_TILE": int(self.keep_tile and self.on_chip),
             "INPUT_PRECISION": "ieee",
             "MAX_SPINS": self.max_spins,
         }
@@ -233,6 +236,7 @@ def backward(case: Case, p: Problem, done: Results, launch: Launch = run_interle
             "d_h_reset_ptr": d_h_reset if given else None,
             "d_c_reset_ptr": d_c_reset if given else None,
             "PRE_ACTIVATION": int(case.pre_activation),
+            "SPLIT_K": case.split_k,
             **case.tiles,
             **overrides,
         },
