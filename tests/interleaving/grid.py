@@ -1,8 +1,9 @@
 """Run a Triton kernel on a CPU with the programs of its grid interleaved by a seeded random schedule.
 
 Triton's interpreter runs the programs one after another, so one that waits for another would wait for ever. Here each
-program is a coroutine: at every volatile load or atomic it hands over to a randomly chosen one, over the weak memory of
-`memory.py`. One seed is one schedule, the same at every run.
+program is a coroutine: at every load of something that programs store to it hands over to a randomly chosen one, over
+the weak memory of `memory.py`. One seed is one schedule, the same at every run. Triton itself stays as it is imported:
+the kernels of a process that also compiles them are interpreted for the time of a launch only.
 """
 
 from __future__ import annotations
@@ -24,10 +25,6 @@ from triton.runtime.jit import JITFunction
 
 from .memory import WeakMemory
 
-# A program whose load of the same elements gave the same result so often in a row is waiting for a store.
-REPEATS_OF_A_WAITING_PROGRAM = 3
-
-
 class DeadlockError(AssertionError):
     """No program can go on; the message says which program waits for what."""
 
@@ -43,17 +40,19 @@ class Program:
     interval: tuple[int, int] | None = None  # of the addresses loaded since the last wake-up
     waits_for: str | None = None
 
-    def note_load(self, addresses: np.ndarray, values: np.ndarray, describe: Callable[[int], str]) -> None:
-        """A load that keeps giving the same result makes the program wait."""
+    def note_load(
+        self, addresses: np.ndarray, values: np.ndarray, patience: int, describe: Callable[[int], str]
+    ) -> None:
+        """A load that finds the same elements unwritten (all bits one) `patience` times makes the program wait."""
+        unwritten = (values.view(np.uint8).reshape(values.size, -1, 2) == 255).all(-1).any(-1)
         first, result = int(addresses[0]), values.tobytes()
         seen, repeats = self.loads.get(first, (b"", 0))
         repeats = repeats + 1 if seen == result else 1
         self.loads[first] = result, repeats
         low, high = self.interval or (first, first)
         self.interval = min(low, int(addresses.min())), max(high, int(addresses.max()))
-        unwritten = values.view(f"u{values.itemsize}") == np.iinfo(f"u{values.itemsize}").max
-        if repeats >= REPEATS_OF_A_WAITING_PROGRAM and (unwritten.any() or self.waits_for is None):
-            self.waits_for = describe(int(addresses[unwritten][0]) if unwritten.any() else first)
+        if repeats >= patience and unwritten.any():
+            self.waits_for = describe(int(addresses[unwritten][0]))
 
     def note_store(self, low: int, high: int) -> None:
         """A store arrived somewhere in low..high; it may be what the program waits for."""
@@ -65,7 +64,10 @@ class Program:
 class Grid:
     """One launch under one schedule."""
 
-    def __init__(self, kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self, kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any], seed: int, patience: int
+    ) -> None:
+        self.patience = patience
         self.rng = np.random.default_rng(seed)
         grid = (*grid, 1, 1)[:3]
         indices = list(np.ndindex(*grid))
@@ -81,8 +83,13 @@ class Grid:
         constants = {p.name for p in kernel.params if p.is_constexpr}
         bound = inspect.getcallargs(function, **arguments)
         bound = {name: a if name in constants else interpreter._implicit_cvt(a) for name, a in bound.items()}
+
+        def program() -> None:
+            with np.errstate(all="ignore"):  # infinities and NaN are part of the game
+                function(**bound)
+
         self.programs = [
-            Program(tuple(index), greenlet.greenlet(lambda: function(**bound)), weight)
+            Program(tuple(index), greenlet.greenlet(program), weight)
             for index, weight in zip(indices, weights, strict=True)
         ]
 
@@ -128,8 +135,7 @@ class Grid:
         try:
             for owner, name, value in replaced:
                 setattr(owner, name, value)
-            with np.errstate(all="ignore"):  # infinities and NaN are part of the game
-                yield
+            yield
         finally:
             for owner, name, value in originals:
                 setattr(owner, name, value) if value is not None else delattr(owner, name)
@@ -140,27 +146,28 @@ class Grid:
         volatile = bool(options[-1])
         element = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
-        data = np.zeros(pointers.data.shape, dtype) if other is None else np.broadcast_to(other.data, pointers.data.shape)
-        data = data.astype(dtype)
-        chosen = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+        shape = pointers.data.shape
+        data = np.zeros(shape, dtype) if other is None else np.broadcast_to(other.data, shape).astype(dtype)
+        chosen = np.broadcast_to(mask.data.astype(bool), shape)
         addresses = pointers.data[chosen]
-        if volatile:
-            self.main.switch()
         if addresses.size == 0:
             return TensorHandle(data, element)
-        if not volatile:
-            data[chosen] = self.memory.load(addresses, volatile=False).view(dtype)
-            return TensorHandle(data, element)
-        # A tile is not read at one instant.
-        early = self.rng.random(addresses.size) < self.rng.choice([0.5, 1.0])
+        # A load of what no program stores to takes no part in any schedule.
+        shared = volatile or self.memory.region_of(int(addresses[0])).stored_to
+        early = np.ones(addresses.size, bool)
+        if shared:
+            self.main.switch()
+            if volatile and self.rng.random() < 0.5:  # a tile is not read at one instant
+                early = self.rng.random(addresses.size) < 0.5
         bits = np.zeros(addresses.size, dtype)
         for part in (early, ~early):
             if part.any():
-                bits[part] = self.memory.load(addresses[part], volatile=True).view(dtype)
-                if not part.all() and part is early:
-                    self.main.switch()
+                bits[part] = self.memory.load(addresses[part], dtype.itemsize, volatile).view(dtype)[:, 0]
+            if part is early and not part.all():
+                self.main.switch()
         data[chosen] = bits
-        self.programs[self.memory.now].note_load(addresses, bits, self.memory.describe)
+        if shared:
+            self.programs[self.memory.now].note_load(addresses, bits, self.patience, self.memory.describe)
         return TensorHandle(data, element)
 
     def _store(self, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *_: Any) -> None:
@@ -173,13 +180,18 @@ class Grid:
         raise AssertionError("these kernels promise bit-determinism: no atomics")
 
 
-def run_interleaved(kernel: JITFunction, grid: tuple[int, ...], seed: int, **arguments: Any) -> None:
-    """Launch `kernel` on CPU tensors under the schedule of `seed`.
+def run_interleaved(
+    kernel: JITFunction, grid: tuple[int, ...], seed: int = 0, patience: int = 3, **arguments: Any
+) -> None:
+    """Launch `kernel` on contiguous CPU tensors under the schedule of `seed`.
+
+    A program that has found the same elements unwritten `patience` times is not run again before a store arrives among
+    those that it has loaded. bfloat16 is not for this: the interpreter multiplies its bits as integers.
 
     Raises:
         DeadlockError: no program can go on.
     """
-    Grid(kernel, grid, arguments, seed).run()
+    Grid(kernel, grid, arguments, seed, patience).run()
 
 
 _rewritten: dict[Callable, Callable] = {}

@@ -7,8 +7,8 @@ What a GPU may do, and what this does in its place:
 - a program sees its own stores at once;
 - a volatile load reads the memory as it is, but not all elements of a tile at one instant: it is read in two random
   parts, and other programs may run in between;
-- any other load may come from a cache that no other program's store ever reaches: each element that another program
-  has written since the launch reads, at random, as it was at the launch or as it is.
+- any other load comes from a cache that no other program's store ever reaches: an element that another program has
+  written since the launch reads as it was at the launch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Region:
         self.bits = np.ctypeslib.as_array(ctypes.cast(self.begin, ctypes.POINTER(kind)), (count,)) if count else None
         self.at_launch = None  # bits before the first store
         self.writer = None  # per element: number of the program that wrote it last, or -1
+        self.stored_to = False  # by any program, visible to others or not
 
     def index(self, addresses: np.ndarray) -> np.ndarray:
         """Numbers of the elements at `addresses`, all of which must be in this region."""
@@ -65,8 +66,15 @@ class WeakMemory:
     def describe(self, address: int) -> str:
         return self.region_of(address).describe(address)
 
-    def load(self, addresses: np.ndarray, volatile: bool) -> np.ndarray:
-        """The bits of flat, existing elements as the running program sees them."""
+    def load(self, addresses: np.ndarray, width: int, volatile: bool) -> np.ndarray:
+        """The bytes of flat, existing elements of `width` bytes, (elements, width), as the running program sees them."""
+        region = self.region_of(int(addresses[0]))
+        if width > region.itemsize:  # several elements in one word
+            parts = width // region.itemsize
+            addresses = (addresses[:, None] + region.itemsize * np.arange(parts, dtype=np.uint64)).ravel()
+        return self._load_elements(addresses, volatile).view(np.uint8).reshape(-1, width)
+
+    def _load_elements(self, addresses: np.ndarray, volatile: bool) -> np.ndarray:
         region = self.region_of(int(addresses[0]))
         inside = (addresses >= region.begin) & (addresses < region.end)
         bits = self._load_from(region, addresses[inside], volatile)
@@ -74,7 +82,7 @@ class WeakMemory:
             return bits
         result = np.empty(addresses.shape, bits.dtype)  # rows from several tensors, such as y and h_0
         result[inside] = bits
-        result[~inside] = self.load(addresses[~inside], volatile)
+        result[~inside] = self._load_elements(addresses[~inside], volatile)
         return result
 
     def _load_from(self, region: Region, addresses: np.ndarray, volatile: bool) -> np.ndarray:
@@ -82,7 +90,7 @@ class WeakMemory:
         bits = region.bits[index]
         if region.writer is not None and not volatile:
             writer = region.writer[index]
-            stale = (writer >= 0) & (writer != self.now) & (self.rng.random(index.size) < 0.5)
+            stale = (writer >= 0) & (writer != self.now)
             bits = np.where(stale, region.at_launch[index], bits)
         for held, held_index, held_bits in self.pending[self.now]:
             if held is region:  # later entries overwrite earlier ones
@@ -96,10 +104,13 @@ class WeakMemory:
         """Hold flat elements back in the running program's buffer."""
         region = self.region_of(int(addresses[0]))
         index = region.index(addresses)
+        region.stored_to = True
         mine = self.pending[self.now]
-        for entry in [e for e in mine if e[0] is region and np.isin(e[1], index).any()]:
-            self._write(self.now, *entry)  # same address: in order
-            mine.remove(entry)
+        overlaps = [held is region and bool(np.isin(at, index).any()) for held, at, _ in mine]
+        for entry, earlier in zip(mine, overlaps, strict=True):
+            if earlier:  # two stores to one address arrive in order
+                self._write(self.now, *entry)
+        mine[:] = [entry for entry, earlier in zip(mine, overlaps, strict=True) if not earlier]
         mine.append((region, index, bits.view(region.bits.dtype)))
 
     def drain_some(self) -> None:
