@@ -7,7 +7,8 @@ The memory figures are those of compiled code. The times only rank plans: a tabl
     broadcast   every program reads the group's whole h (backward: the gradients of its gates) from the L2
     weights     streamed regime only: the weights are read from the L2, or from memory where they do not fit there
     shared      the weights' slice and what they are multiplied with are read from shared memory, 128 bytes per clock
-    matrix      the chain of matrix instructions along K, each waiting for the one before, or their number
+    matrix      the chain of matrix instructions along K, each waiting for the one before, or their number; with split_k
+                chains run side by side and are summed
     gates       gate arithmetic and the barriers of one step
 
 The terms follow one another within a step, so they are added. Sources: 0.56 us per hop and 3942 bytes per clock of L2
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 MATRIX_LATENCY = 33  # clocks from one matrix instruction to the next one that adds to the same accumulator
+ASYNCHRONOUS_LATENCY = 18  # the same for wgmma, whose accumulators follow one another without a wait
 PER_STEP_US = 25.0  # a product and a cell launched from Python for one time step
 
 
@@ -52,24 +54,31 @@ class StepCost:
 
 
 def shared_memory_bytes(plan: LaunchPlan) -> int:
-    """Shared memory of one program: the resident weights, one chunk of what they meet, and room to move tiles in."""
-    size = ITEM_SIZE[plan.dtype]
-    columns = 4 * plan.units if plan.kernel == "forward" else plan.units
-    chunk = plan.block_k * columns * size
-    operand = plan.block_k * plan.rows * size
+    """Shared memory of one program, from above: the weights, one chunk of what they meet, gates between two layouts."""
+    size = ITEM_SIZE[plan.dtype] * (2 if plan.dtype == "float32" and plan.precision == "tf32x3" else 1)
+    outputs = 4 * plan.units if plan.kernel == "forward" else plan.units
+    weights, operand = plan.block_k * outputs * size, plan.block_k * plan.rows * size
+    moved = max(4 * plan.units, plan.split_k * plan.units) * plan.rows * 4
     if plan.regime == "streamed":
-        return 2 * (chunk + operand) + KIB
-    gates = plan.rows * 4 * plan.units * 4  # float32, on their way between two layouts
-    return plan.chunks * (chunk + operand) + gates + KIB
+        return 2 * (weights + operand) + moved + KIB
+    return plan.chunks * weights + operand + moved + KIB
 
 
-def registers_per_thread(plan: LaunchPlan) -> int:
-    """Registers of one thread, from above: fitted to what the compiler reported for sm_80 and sm_90."""
-    threads = plan.num_warps * 32
-    gates = plan.rows * 4 * plan.units / threads
-    operand = plan.rows * plan.block_k * ITEM_SIZE[plan.dtype] / (4 * threads)
-    estimate = 48 + 3 * gates + 1.2 * operand
-    return round(estimate if plan.kernel == "forward" else 1.6 * estimate)
+def fits_registers(plan: LaunchPlan) -> bool:
+    """Whether the compiler keeps everything in registers, 255 for each thread.
+
+    Rules read off the code that it makes for sm_80 and sm_90 (benchmarks/results/compiled); no formula for the number
+    of registers held over tiles that are multiplied by different instructions.
+    """
+    threads = 32 * plan.num_warps
+    outputs = plan.rows * plan.units / threads  # of one gate, in one thread
+    kept = plan.keep_tile * plan.rows * plan.chunks * plan.block_k * ITEM_SIZE[plan.dtype] / (4 * threads)
+    exact = plan.dtype == "float32" and plan.precision != "tf32"
+    if plan.kernel == "backward":
+        return plan.rows <= (8 if exact else 16) and plan.num_warps == 8 and outputs <= 8 and kept <= 96
+    if plan.rows > (8 if exact else 64) or (plan.units == 16 and plan.rows > 32):
+        return False
+    return outputs <= 8 and kept <= 48 and (plan.block_k <= 64 or not exact or plan.regime == "single")
 
 
 def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
@@ -104,4 +113,6 @@ def _matrix_us(plan: LaunchPlan, gpu: GPU, K: int, columns: int) -> float:
         return gpu.us(multiplies / 128)  # no matrix unit: one multiply-add per lane and clock
     depth = 16 if plan.dtype != "float32" else 8
     rate = gpu.matrix_macs_per_clock / (1 if plan.dtype != "float32" else 2)
-    return gpu.us(max(multiplies / rate, K / depth * MATRIX_LATENCY))
+    asynchronous = gpu.arch == "sm_90" and columns >= 64
+    latency = ASYNCHRONOUS_LATENCY if asynchronous else MATRIX_LATENCY
+    return gpu.us(max(multiplies / rate, K / depth / plan.split_k * latency) + 40 * (plan.split_k - 1))

@@ -39,6 +39,11 @@ class GPU:
         return 64 if self.is_amd else 32
 
     @property
+    def smallest_rows(self) -> int:
+        """Batch rows that one matrix instruction takes at least."""
+        return 16 if self.is_amd else 8
+
+    @property
     def hop_us(self) -> float:
         """Microseconds from one program's store to another program's sight of it."""
         # The L2 of an AMD chiplet is not shared with the others, so a hop goes to the memory-side cache behind it.

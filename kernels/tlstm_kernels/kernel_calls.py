@@ -146,14 +146,16 @@ def backward_kernel(
 
 
 def constants(plan: LaunchPlan) -> dict[str, Any]:
-    """The compile-time arguments that a plan fixes, by their names in both kernels."""
-    return {
+    """The compile-time arguments that a plan fixes, by their names in the kernel."""
+    fixed = {
         "UNITS": plan.units,
         "BLOCK_B": plan.rows,
         "BLOCK_K": plan.block_k,
         "WEIGHTS_ON_CHIP": int(plan.regime != "streamed"),
+        "KEEP_TILE": plan.keep_tile,
         "INPUT_PRECISION": plan.precision,
     }
+    return fixed if plan.kernel == "forward" else fixed | {"SPLIT_K": plan.split_k}
 
 
 def compile_options(plan: LaunchPlan) -> dict[str, Any]:

@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 
-from .cost_model import ITEM_SIZE, PER_STEP_US, StepCost, registers_per_thread, shared_memory_bytes, step_cost
+from .cost_model import ITEM_SIZE, PER_STEP_US, StepCost, fits_registers, shared_memory_bytes, step_cost
 from .gpu import GPU, KIB
 
 KERNELS = ("forward", "backward")
 REGIMES = ("single", "persistent", "streamed", "per_step")
 UNITS = (4, 8, 16, 32, 64, 128)
-ROWS = (16, 32, 64, 128)
-BLOCK_K = (16, 32, 64, 128, 256, 512)
+ROWS = (8, 16, 32, 64, 128)
+BLOCK_K = (16, 32, 64, 128, 256, 512, 1024)
 SMALLEST_BLOCK_K = 64  # of several chunks: shorter ones cost more barriers than they save padding
 NUM_WARPS = (4, 8)
-MAX_REGISTERS = 255  # of one thread
-MAX_CHUNKS = 40  # the time loop is unrolled over the chunks
+SPLIT_K = (1, 2, 4, 8)
+KEEP_TILE = (1, 0)
+MAX_CHUNKS = 48  # the wait for a tile is unrolled over its chunks
 
 # Measured plans, which overrule the model: (arch, multiprocessors, kernel, dtype, H, largest B) -> the fastest choices.
 MEASURED: dict[tuple[str, int, str, str, int, int], dict[str, int | str]] = {}
@@ -52,6 +53,8 @@ class LaunchPlan:
     rows: int = 0  # batch rows of one program: a power of two, 16 or more for the matrix units
     block_k: int = 0  # how much of the contraction one chunk of weights covers
     num_warps: int = 0
+    split_k: int = 1  # backward: parts of a chunk that the warps multiply side by side
+    keep_tile: int = 1  # 1: what is received stays in registers until it is multiplied; 0: it is loaded again
     groups: int = 0  # tiles of the batch that run at the same time
     directions: int = 0  # directions that run at the same time
     gpu: str = ""
@@ -116,13 +119,14 @@ class LaunchPlan:
             "streamed": "recurrent weights sliced over the programs of a group and read from the L2 in every step",
         }[self.regime]
         launches = "one launch" if self.launches == 1 else f"{self.launches} launches, one after another"
+        parts = f" in {self.split_k} parts" if self.split_k > 1 else ""
         rounding = f" {self.precision}" if self.dtype == "float32" else ""
         return (
             f"{sizes}: {self.regime}, {where}. {launches} of {self.programs} programs x {self.groups} batch groups x "
             f"{self.directions} directions on {self.gpu}; {self.units} units and {self.rows} rows per program, "
             f"{self.chunks} chunks of {self.block_k} along the contraction ({self.contraction}), {self.num_warps} warps"
-            f"{rounding}, about {shared_memory_bytes(self) / KIB:.0f} KiB of shared memory and "
-            f"{registers_per_thread(self)} registers. Chosen by: {self.source}. Model, per step: {self.cost}."
+            f"{parts}{rounding}, about {shared_memory_bytes(self) / KIB:.0f} KiB of shared memory. "
+            f"Chosen by: {self.source}. Model, per step: {self.cost}."
         )
 
 
@@ -187,21 +191,45 @@ def _choose(
 
 
 def _candidates(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> Iterator[LaunchPlan]:
-    H, B, forward = common["H"], common["B"], common["kernel"] == "forward"
-    rows = [r for r in ROWS if r < 2 * B or r == ROWS[0]]  # a tile of twice what it covers gains nothing
-    for regime, u, r, k, w in product(REGIMES[:3], UNITS, rows, BLOCK_K, NUM_WARPS):
-        if regime == "single":
-            # One chunk as long as the units, and no shorter than a matrix instruction is deep.
-            if u < H or k != u or u >= 2 * max(H, 16):
-                continue
-        elif u >= H or k < SMALLEST_BLOCK_K or (k >= 2 * H and k > SMALLEST_BLOCK_K) or (u < 8 and not forward):
-            continue
-        plan = LaunchPlan(regime=regime, units=u, rows=r, block_k=k, num_warps=w, gpu=gpu.name, **common)
-        if plan.chunks > MAX_CHUNKS and regime != "streamed":
-            continue
-        plan = _with_groups(plan, gpu, pinned)
-        if why_impossible(plan, gpu) is None and all(getattr(plan, name) == v for name, v in pinned.items()):
-            yield plan
+    """Every plan whose tiles make sense, and that the GPU can run as far as the estimates say."""
+    choices = (REGIMES[:3], UNITS, ROWS, BLOCK_K, NUM_WARPS, SPLIT_K, KEEP_TILE)
+    names = ("regime", "units", "rows", "block_k", "num_warps", "split_k", "keep_tile")
+    narrowed = [[pinned[n]] if n in pinned else c for n, c in zip(names, choices, strict=True)]
+    for values in product(*narrowed):
+        tiles = dict(zip(names, values, strict=True))
+        if _makes_sense(common["kernel"], common["H"], common["B"], **tiles):
+            plan = _with_groups(LaunchPlan(**common, **tiles, gpu=gpu.name), gpu, pinned)
+            if why_impossible(plan, gpu) is None:
+                yield plan
+
+
+def _makes_sense(
+    kernel: str,
+    H: int,
+    B: int,
+    regime: str,
+    units: int,
+    rows: int,
+    block_k: int,
+    num_warps: int,
+    split_k: int,
+    keep_tile: int,
+) -> bool:
+    if rows >= 2 * B and rows > ROWS[0]:
+        return False  # a tile of twice what it covers gains nothing
+    if kernel == "backward" and units < 16:
+        return False  # the units are the rows of a matrix instruction, which has 16
+    if regime == "single":
+        # One chunk as long as the units, and no shorter than a matrix instruction is deep.
+        return units >= H and block_k == units and units < 2 * max(H, 16) and split_k == 1 and keep_tile == 1
+    chunks = -(-H * (1 if kernel == "forward" else 4) // block_k)
+    if units >= H or block_k < SMALLEST_BLOCK_K or (block_k >= 2 * H and block_k > SMALLEST_BLOCK_K):
+        return False
+    if regime == "streamed":
+        return split_k == 1 and keep_tile == 0 and chunks <= MAX_CHUNKS
+    if kernel == "forward":
+        return split_k == 1 and chunks <= MAX_CHUNKS
+    return split_k <= num_warps and 16 * split_k <= block_k and chunks <= MAX_CHUNKS
 
 
 def _with_groups(plan: LaunchPlan, gpu: GPU, pinned: Mapping[str, int | str]) -> LaunchPlan:
@@ -220,13 +248,13 @@ def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
     needs = {
         "programs at the same time": (programs, gpu.multiprocessors),
         "bytes of shared memory per program": (shared_memory_bytes(plan), gpu.shared_memory),
-        "registers per thread": (registers_per_thread(plan), MAX_REGISTERS),
-        "registers per program": (registers_per_thread(plan) * plan.num_warps * gpu.warp_size, gpu.registers),
     }
     for what, (needed, available) in needs.items():
         if needed > available:
             return f"it needs {needed} {what} and {gpu.name} has {available}"
-    return None
+    if plan.rows < gpu.smallest_rows:
+        return f"{gpu.name} multiplies {gpu.smallest_rows} rows or more at once and it has tiles of {plan.rows}"
+    return None if fits_registers(plan) else "its tiles are too large for the registers of a program"
 
 
 def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> dict[str, int | str]:
@@ -242,6 +270,8 @@ _PINNABLE: dict[str, tuple[int | str, ...] | None] = {
     "rows": ROWS,
     "block_k": BLOCK_K,
     "num_warps": NUM_WARPS,
+    "split_k": SPLIT_K,
+    "keep_tile": KEEP_TILE,
     "groups": None,  # any positive number
 }
 
@@ -263,7 +293,7 @@ def _no_plan(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> str:
         f"plan: expected choices that {gpu.name} can run for {common['kernel']}, H={common['H']}, B={common['B']}, "
         f"{common['dtype']}; received {asked}"
     )
-    full = {"regime", "units", "rows", "block_k", "num_warps"} <= pinned.keys()
+    full = _PINNABLE.keys() - {"groups"} <= pinned.keys()
     if full:
         tried = _with_groups(LaunchPlan(**common, **{k: v for k, v in pinned.items() if k != "groups"}), gpu, pinned)  # type: ignore[arg-type]
         reason = why_impossible(tried, gpu)
