@@ -15,12 +15,11 @@ import triton.language as tl
 @triton.jit
 def without_sentinel(values):
     """The sentinel is a NaN. Where the model itself computed that very NaN, take its twin with the sign bit cleared."""
-    if values.dtype.primitive_bitwidth == 16:
-        bits = values.to(tl.int16, bitcast=True)
-        return tl.where(bits == -1, 0x7FFF, bits).to(tl.int16).to(values.dtype, bitcast=True)
-    else:
-        bits = values.to(tl.int32, bitcast=True)
-        return tl.where(bits == -1, 0x7FFFFFFF, bits).to(tl.int32).to(values.dtype, bitcast=True)
+    BITS: tl.constexpr = values.dtype.primitive_bitwidth
+    WORD: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    TWIN: tl.constexpr = 0x7FFF if BITS == 16 else 0x7FFFFFFF
+    bits = values.to(WORD, bitcast=True)
+    return tl.where(bits == -1, TWIN, bits).to(WORD).to(values.dtype, bitcast=True)
 
 
 @triton.jit
@@ -55,21 +54,21 @@ def load_words(
 @triton.jit
 def sentinel_bits(words, DTYPE: tl.constexpr):
     """Not zero where a word holds the sentinel, in an element or in half of a pair: only then has ~w a zero there."""
-    if DTYPE.primitive_bitwidth == 16 and words.dtype.primitive_bitwidth == 32:
-        # v - 1 borrows into the top bit of each half that is zero (or above one that is).
-        return (-0x10002 - words) & words & -0x7FFF8000
+    if DTYPE.primitive_bitwidth == words.dtype.primitive_bitwidth:
+        bits = (words == -1).to(tl.int32)
     else:
-        return (words == -1).to(tl.int32)
+        # v - 1 borrows into the top bit of each half that is zero (or above one that is).
+        bits = (-0x10002 - words) & words & -0x7FFF8000
+    return bits
 
 
 @triton.jit
 def as_elements(words, DTYPE: tl.constexpr):
     """(BLOCK_B, BLOCK_K) values of the words' columns."""
-    if DTYPE.primitive_bitwidth == words.dtype.primitive_bitwidth:
-        return words.to(DTYPE, bitcast=True)
-    else:
+    if DTYPE.primitive_bitwidth != words.dtype.primitive_bitwidth:
         pairs = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
-        return tl.reshape(pairs, (words.shape[0], 2 * words.shape[1])).to(DTYPE, bitcast=True)
+        words = tl.reshape(pairs, (words.shape[0], 2 * words.shape[1]))
+    return words.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -129,7 +128,7 @@ def receive(
             _, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
         if MAX_SPINS > 0:
             spins_left -= 1
-    if MAX_SPINS > 0:
+    if MAX_SPINS > 0:  # noqa: SIM102  (known when compiling, unlike the next condition)
         if unwritten != 0:
             report(error_ptr, step, row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
     return words

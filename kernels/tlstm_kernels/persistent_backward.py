@@ -1,4 +1,4 @@
-"""The backward recurrence as one persistent kernel, from the last step to the first: W_hh stays on chip for all T steps.
+"""The backward recurrence as one persistent kernel, last step first: W_hh stays on chip for all T steps.
 
     d_h_t = d_y_t + d_gates_{t+1} W_hh
     d_c_t = d_c_t + d_h_t * o * (1 - tanh(c_t)^2),    then for the step before    d_c_{t-1} = d_c_t * f
@@ -218,6 +218,7 @@ def load_w_columns(
 def split_columns(chunk, SPLIT_K: tl.constexpr):
     """(BLOCK_B, BLOCK_K) -> (BLOCK_K, BLOCK_B), or (SPLIT_K, BLOCK_K / SPLIT_K, BLOCK_B)."""
     if SPLIT_K == 1:
-        return tl.trans(chunk)
+        columns = tl.trans(chunk)
     else:
-        return tl.permute(tl.reshape(chunk, (chunk.shape[0], SPLIT_K, chunk.shape[1] // SPLIT_K)), (1, 2, 0))
+        columns = tl.permute(tl.reshape(chunk, (chunk.shape[0], SPLIT_K, chunk.shape[1] // SPLIT_K)), (1, 2, 0))
+    return columns

@@ -30,7 +30,7 @@ def persistent_forward_kernel(
     cells_ptr,  # (rows, D * N * H) out, or None: c after each step
     lengths_ptr,  # (B,) integer 0..T, or None
     resets_ptr,  # (T, B) contiguous, integer, or None: not zero where the state is replaced before step t
-    h_reset_ptr, c_reset_ptr,  # (D, B, N * H) contiguous, or None: replaced by what; None means by zero; h's in y's dtype
+    h_reset_ptr, c_reset_ptr,  # (D, B, N * H) contiguous, or None: by what, h in y's dtype; None means by zero
     error_ptr,  # (programs, 4) int32, zero, or None without MAX_SPINS: see exchange.report
     T, B,
     stride_t, stride_b,  # in rows: (t, b) is row t * stride_t + b * stride_b of every (rows, ...) tensor

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from .memory import WeakMemory
 
+
 class DeadlockError(AssertionError):
     """No program can go on; the message says which program waits for what."""
 
@@ -142,7 +143,9 @@ class Grid:
             for scope in reversed(scopes):
                 scope.restore()
 
-    def _load(self, pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *options: Any) -> TensorHandle:
+    def _load(
+        self, pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *options: Any
+    ) -> TensorHandle:
         volatile = bool(options[-1])
         element = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(element)

@@ -126,10 +126,10 @@ def expected(case: Case, problem: Problem, dtype: torch.dtype) -> Results:
     """The reference in `dtype`, head by head and direction by direction, with autograd."""
     values = {f.name: getattr(problem, f.name) for f in fields(problem)}
     leaf = ("x", "w_hh", "h_0", "c_0", "h_reset", "c_reset")
-    p = Problem(**{
-        name: v.to(dtype).detach().requires_grad_(name in leaf) if isinstance(v, Tensor) and v.is_floating_point() else v
-        for name, v in values.items()
-    })  # fmt: skip
+    for name, v in values.items():
+        if isinstance(v, Tensor) and v.is_floating_point():
+            values[name] = v.to(dtype).detach().requires_grad_(name in leaf)
+    p = Problem(**values)
     H, N, width = case.H, case.heads, case.heads * case.H
     y, h_n, c_n = [], [], []
     for d in range(case.directions):
@@ -242,7 +242,9 @@ def backward(case: Case, p: Problem, done: Results, launch: Launch = run_interle
         },
     )
     resets = (d_h_reset, d_c_reset) if given else (None, None)
-    return replace(done, d_gates=from_rows(case, d_gates), d_h_0=d_h_0, d_c_0=d_c_0, d_h_reset=resets[0], d_c_reset=resets[1])
+    return replace(
+        done, d_gates=from_rows(case, d_gates), d_h_0=d_h_0, d_c_0=d_c_0, d_h_reset=resets[0], d_c_reset=resets[1]
+    )
 
 
 def shared_arguments(case: Case, p: Problem) -> dict[str, Any]:
@@ -266,9 +268,9 @@ def to_rows(case: Case, tensor: Tensor) -> Tensor:
 
 def from_rows(case: Case, rows: Tensor) -> Tensor:
     """(rows, N) to (T, B, N)."""
-    if case.batch_first:
-        return rows.unflatten(0, (case.B, case.T)).transpose(0, 1) if rows.numel() else rows.new_zeros(case.T, case.B, rows.shape[-1])
-    return rows.unflatten(0, (case.T, case.B)) if rows.numel() else rows.new_zeros(case.T, case.B, rows.shape[-1])
+    first, second = (case.B, case.T) if case.batch_first else (case.T, case.B)
+    tensor = rows.reshape(first, second, rows.shape[-1])
+    return tensor.transpose(0, 1) if case.batch_first else tensor
 
 
 def check(case: Case, problem: Problem, results: Results) -> None:

@@ -50,7 +50,14 @@ class Region:
 class WeakMemory:
     """Loads and stores of the programs of one launch; `now` says which program runs."""
 
-    def __init__(self, tensors: dict, programs: int, rng: np.random.Generator, drain_rate: float, arrived: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        tensors: dict,
+        programs: int,
+        rng: np.random.Generator,
+        drain_rate: float,
+        arrived: Callable[[int, int], None],
+    ) -> None:
         self.regions = [Region(name, tensor) for name, tensor in tensors.items() if tensor.numel()]
         self.rng, self.drain_rate = rng, drain_rate
         self.pending: list[list[tuple[Region, np.ndarray, np.ndarray]]] = [[] for _ in range(programs)]
@@ -67,7 +74,7 @@ class WeakMemory:
         return self.region_of(address).describe(address)
 
     def load(self, addresses: np.ndarray, width: int, volatile: bool) -> np.ndarray:
-        """The bytes of flat, existing elements of `width` bytes, (elements, width), as the running program sees them."""
+        """Flat, existing elements of `width` bytes as the running program sees them: (elements, width) bytes."""
         region = self.region_of(int(addresses[0]))
         if width > region.itemsize:  # several elements in one word
             parts = width // region.itemsize

@@ -23,7 +23,7 @@ SCHEDULES = 20
 
 
 def outcome(case: Case, seed: int, kernel: str) -> str:
-    """"right", "wrong" or "deadlock" for one schedule."""
+    """What comes of one schedule: "right", "wrong" or "deadlock"."""
     problem = make_problem(case, seed)
     launch = partial(run_interleaved, seed=seed)
     try:
@@ -143,7 +143,8 @@ def test_a_store_that_never_comes_is_a_deadlock_that_names_it(monkeypatch, kerne
     mutate(monkeypatch, kernel, "publish", publish_nothing)
     with pytest.raises(DeadlockError) as error:
         forward(CASE, problem) if kernel == "forward" else backward(CASE, problem, results)
-    buffer, row, column = re.search(r"program \(0, 0, 0\) waits for (\w+)_ptr\[(\d+), (\d+)\]", str(error.value)).groups()
+    waits = re.search(r"program \(0, 0, 0\) waits for (\w+)_ptr\[(\d+), (\d+)\]", str(error.value))
+    buffer, row, column = waits.groups()
     assert buffer == {"forward": "y", "backward": "d_gates"}[kernel]
     assert int(row) // CASE.B == {"forward": 0, "backward": CASE.T - 1}[kernel]
     assert int(column) % CASE.H >= CASE.units  # a unit of program 1
