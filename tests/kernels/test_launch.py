@@ -21,8 +21,11 @@ pytest.importorskip("greenlet", reason="the interleaved interpreter needs greenl
 from interleaving.grid import run_interleaved  # noqa: E402
 from tlstm_kernels import launch  # noqa: E402
 
-SMALL = {"units": 8, "rows": 16, "block_k": 64}
-SINGLE = {"regime": "single", "units": 16, "block_k": 16, "rows": 16}
+# Small tiles, so that small layers have several programs: pins of the forward and of the backward plan.
+SMALL = {"units": 8, "rows": 8, "block_k": 64}, {"units": 16, "rows": 8, "block_k": 64}
+STREAMED = tuple(pins | {"regime": "streamed"} for pins in SMALL)
+SINGLE = ({"regime": "single", "units": 16, "block_k": 16, "rows": 8},) * 2
+TILE_BY_TILE = [tuple(pins | {"groups": 1} for pins in both) for both in (SMALL, SINGLE)]
 
 
 class InterpretedKernel:
@@ -43,9 +46,9 @@ class InterpretedKernel:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of eight multiprocessors; gives the list of launched grids."""
+    """A GPU of nine multiprocessors; gives the list of launched grids."""
     grids: list[tuple[int, int, int]] = []
-    small = replace(KNOWN_GPUS["H100"], name="small", multiprocessors=8)
+    small = replace(KNOWN_GPUS["H100"], name="small", multiprocessors=9)
     monkeypatch.setattr(kernel_calls, "gpu_of", lambda index: small)
     for name in ("persistent_forward_kernel", "persistent_backward_kernel"):
         monkeypatch.setattr(kernel_calls, name, InterpretedKernel(getattr(kernel_calls, name), grids))
@@ -55,17 +58,17 @@ def gpu(monkeypatch):
 # name: (T, B, I, H, D), lengths, bias, pins, grids of forward and backward
 CASES = {
     "single": ((3, 5, 4, 7, 1), None, True, SINGLE, [(1, 1, 1)] * 2),
-    "persistent": ((3, 5, 4, 13, 1), None, True, SMALL, [(2, 1, 1)] * 2),
-    "streamed": ((2, 3, 4, 13, 1), None, True, SMALL | {"regime": "streamed"}, [(2, 1, 1)] * 2),
-    "no bias": ((2, 3, 4, 13, 1), None, False, SMALL, [(2, 1, 1)] * 2),
-    "both directions in one launch": ((3, 5, 4, 13, 2), None, True, SMALL, [(2, 1, 2)] * 2),
-    "directions one by one": ((2, 3, 4, 37, 2), None, True, SMALL, [(5, 1, 1)] * 4),
-    "lengths": ((4, 5, 3, 13, 2), (4, 0, 2, 1, 3), True, SMALL, [(2, 1, 2)] * 2),
-    "batch in several launches": ((2, 19, 3, 13, 1), None, True, SMALL | {"groups": 1}, [(2, 1, 1)] * 4),
-    "launches with lengths": ((3, 19, 3, 7, 2), (3, 0, 2) * 6 + (1,), True, SINGLE | {"groups": 1}, [(1, 1, 2)] * 4),
+    "persistent": ((3, 5, 4, 21, 1), None, True, SMALL, [(3, 1, 1), (2, 1, 1)]),
+    "streamed": ((2, 3, 4, 21, 1), None, True, STREAMED, [(3, 1, 1), (2, 1, 1)]),
+    "no bias": ((2, 3, 4, 21, 1), None, False, SMALL, [(3, 1, 1), (2, 1, 1)]),
+    "both directions in one launch": ((3, 5, 4, 21, 2), None, True, SMALL, [(3, 1, 2), (2, 1, 2)]),
+    "directions one by one": ((2, 3, 4, 69, 2), None, True, SMALL, [(9, 1, 1)] * 2 + [(5, 1, 1)] * 2),
+    "lengths": ((4, 5, 3, 21, 2), (4, 0, 2, 1, 3), True, SMALL, [(3, 1, 2), (2, 1, 2)]),
+    "batch in several launches": ((2, 19, 3, 21, 1), None, True, TILE_BY_TILE[0], [(3, 1, 1)] * 3 + [(2, 1, 1)] * 3),
+    "launches with lengths": ((3, 19, 3, 7, 2), (3, 0, 2) * 6 + (1,), True, TILE_BY_TILE[1], [(1, 1, 2)] * 6),
     "one of everything": ((1, 1, 1, 1, 1), None, True, SINGLE, [(1, 1, 1)] * 2),
-    "no steps": ((0, 2, 3, 7, 1), None, True, {}, []),
-    "no rows": ((2, 0, 3, 7, 1), None, True, {}, []),
+    "no steps": ((0, 2, 3, 7, 1), None, True, ({}, {}), []),
+    "no rows": ((2, 0, 3, 7, 1), None, True, ({}, {}), []),
 }  # fmt: skip
 
 
@@ -89,7 +92,7 @@ def run(module, inputs, weights, lengths, outer, keep):
 def test_equals_the_reference(gpu, name, keep):
     *_, pins, grids = CASES[name]
     inputs, weights, lengths, outer = draw(CASES[name])
-    with launch_options(forward=pins, backward=pins):
+    with launch_options(*pins):
         actual = run(launch, inputs, weights, lengths, outer, keep)
     assert gpu == grids
     expected = run(layer_reference, inputs, weights, lengths, outer, keep)
@@ -102,7 +105,7 @@ def test_equals_the_reference(gpu, name, keep):
 def test_half_types_keep_half_gates(gpu):
     case = CASES["both directions in one launch"]
     inputs, weights, lengths, outer = draw(case, torch.float16)
-    with launch_options(SMALL, SMALL):
+    with launch_options(*SMALL):
         y, h_n, c_n, gates, cells = launch.forward(*inputs, weights, lengths, "gates")
         actual = run(launch, inputs, weights, lengths, outer, "gates")
     assert y.dtype == h_n.dtype == c_n.dtype == gates.dtype == torch.float16
@@ -119,7 +122,7 @@ def test_padding_is_never_read(gpu):
     inputs, weights, lengths, outer = draw(CASES["lengths"])
     poisoned = inputs[0].clone()
     poisoned[2:, 2], poisoned[:, 1] = torch.nan, torch.inf
-    with launch_options(SMALL, SMALL):
+    with launch_options(*SMALL):
         for keep in ("gates", "states"):
             clean = run(launch, inputs, weights, lengths, outer, keep)
             dirty = run(launch, (poisoned, *inputs[1:]), weights, lengths, outer, keep)
@@ -129,7 +132,7 @@ def test_padding_is_never_read(gpu):
 
 def test_lengths_past_the_end_mean_the_end(gpu):
     inputs, weights, lengths, outer = draw(CASES["lengths"])
-    with launch_options(SMALL, SMALL):
+    with launch_options(*SMALL):
         actual = run(launch, inputs, weights, torch.tensor((9, -1, 2, 1, 3)), outer, "gates")
         for a, e in zip(actual, run(launch, inputs, weights, lengths, outer, "gates"), strict=True):
             assert torch.equal(a, e)
@@ -138,7 +141,7 @@ def test_lengths_past_the_end_mean_the_end(gpu):
 def test_nan_input_gives_nan_and_ends(gpu):
     inputs, weights, lengths, outer = draw(CASES["persistent"])
     inputs[0][1, 2, 3] = torch.nan
-    with launch_options(SMALL, SMALL):
+    with launch_options(*SMALL):
         y, *_ = run(launch, inputs, weights, lengths, outer, "gates")
     assert y[1:, 2].isnan().all()
     assert not y[0].isnan().any()
@@ -176,7 +179,7 @@ def test_a_plan_that_does_not_fit_after_all_is_replaced(gpu, monkeypatch):
     assert len(set(refused)) == 2
     torch.testing.assert_close(y, layer_reference.forward(*inputs, weights, lengths, "nothing")[0])
     refused.clear()
-    with launch_options(forward=SMALL), pytest.raises(PlanError, match=r"compiled kernel does not fit.*H=13"):
+    with launch_options(*SMALL), pytest.raises(PlanError, match=r"compiled kernel does not fit.*H=21"):
         launch.forward(*inputs, weights, lengths, "nothing")
 
 
@@ -191,5 +194,5 @@ def test_a_lost_program_is_reported_instead_of_waited_for(gpu, monkeypatch):
     monkeypatch.setattr(kernel_calls, "persistent_forward_kernel", WithoutTheLast())
     inputs, weights, lengths, _ = draw(((3, 5, 4, 21, 1), None, True))
     message = r"2 of 3 programs gave up waiting after 1 loads.*could not start step 1: row 0.*unit slice [12] owns"
-    with launch_options(forward=SMALL, max_spins=1), pytest.raises(kernel_calls.ExchangeError, match=message):
+    with launch_options(*SMALL, max_spins=1), pytest.raises(kernel_calls.ExchangeError, match=message):
         launch.forward(*inputs, weights, lengths, "nothing")
