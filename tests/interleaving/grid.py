@@ -126,6 +126,8 @@ class Grid:
         scopes = [interpreter._patch_lang(f) for f in (_EXAMPLE_OF_A_KERNEL.fn, tl.standard.max.fn)]
         replaced = [
             (JITFunction, "__call__", lambda function, *args, **kwargs: _interpreted(function)(*args, **kwargs)),
+            # For `range(T)`: Triton 3.6 converts an array of one element in a way that numpy 2.4 refuses.
+            (tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.item())),
             (interpreter_builder, "create_masked_load", self._load),
             (interpreter_builder, "create_masked_store", self._store),
             (interpreter_builder, "create_atomic_rmw", self._no_atomics),
