@@ -64,7 +64,7 @@ def shared_memory_bytes(plan: LaunchPlan) -> int:
     return plan.chunks * weights + operand + moved + KIB
 
 
-def fits_registers(plan: LaunchPlan) -> bool:
+def fits_registers(plan: LaunchPlan, gpu: GPU) -> bool:
     """Whether the compiler keeps everything in registers, 255 for each thread.
 
     Rules read off the code that it makes for sm_80 and sm_90 (benchmarks/results/compiled); no formula for the number
@@ -72,13 +72,19 @@ def fits_registers(plan: LaunchPlan) -> bool:
     """
     threads = 32 * plan.num_warps
     outputs = plan.rows * plan.units / threads  # of one gate, in one thread
-    kept = plan.keep_tile * plan.rows * plan.chunks * plan.block_k * ITEM_SIZE[plan.dtype] / (4 * threads)
-    exact = plan.dtype == "float32" and plan.precision != "tf32"
+    pairs = ITEM_SIZE[plan.dtype] == 2 and plan.H % 2 == 0  # two 16-bit elements travel in one register
+    kept = plan.keep_tile * plan.rows * plan.chunks * plan.block_k / (threads * (2 if pairs else 1))
+    unrolled = plan.rows * plan.chunks / plan.num_warps  # pointers and masks of the wait
+    exact = plan.dtype == "float32" and plan.precision != "tf32" and not gpu.is_amd  # no matrix unit takes it
+    if outputs > 8:
+        return False
     if plan.kernel == "backward":
-        return plan.rows <= (8 if exact else 16) and plan.num_warps == 8 and outputs <= 8 and kept <= 96
+        room = 96 if plan.H % 16 == 0 else 64
+        steps = 128 if plan.regime == "streamed" else 64
+        return plan.rows <= (8 if exact else 16) and plan.num_warps == 8 and kept <= room and unrolled <= steps
     if plan.rows > (8 if exact else 64) or (plan.units == 16 and plan.rows > 32):
         return False
-    return outputs <= 8 and kept <= 48 and (plan.block_k <= 64 or not exact or plan.regime == "single")
+    return kept <= 40 and unrolled <= 128 and (plan.block_k <= 64 or not exact or plan.regime == "single")
 
 
 def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:

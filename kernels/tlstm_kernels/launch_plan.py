@@ -28,7 +28,7 @@ SMALLEST_BLOCK_K = 64  # of several chunks: shorter ones cost more barriers than
 NUM_WARPS = (4, 8)
 SPLIT_K = (1, 2, 4, 8)
 KEEP_TILE = (1, 0)
-MAX_CHUNKS = 48  # the wait for a tile is unrolled over its chunks
+MAX_CHUNKS = 64  # the wait for a tile is unrolled over its chunks
 
 # Measured plans, which overrule the model: (arch, multiprocessors, kernel, dtype, H, largest B) -> the fastest choices.
 MEASURED: dict[tuple[str, int, str, str, int, int], dict[str, int | str]] = {}
@@ -197,7 +197,7 @@ def _candidates(common: dict, gpu: GPU, pinned: Mapping[str, int | str]) -> Iter
     narrowed = [[pinned[n]] if n in pinned else c for n, c in zip(names, choices, strict=True)]
     for values in product(*narrowed):
         tiles = dict(zip(names, values, strict=True))
-        if _makes_sense(common["kernel"], common["H"], common["B"], **tiles):
+        if _makes_sense(common["kernel"], common["H"], max(common["B"], gpu.smallest_rows), **tiles):
             plan = _with_groups(LaunchPlan(**common, **tiles, gpu=gpu.name), gpu, pinned)
             if why_impossible(plan, gpu) is None:
                 yield plan
@@ -215,7 +215,7 @@ def _makes_sense(
     split_k: int,
     keep_tile: int,
 ) -> bool:
-    if rows >= 2 * B and rows > ROWS[0]:
+    if rows >= 2 * B:
         return False  # a tile of twice what it covers gains nothing
     if kernel == "backward" and units < 16:
         return False  # the units are the rows of a matrix instruction, which has 16
@@ -254,7 +254,7 @@ def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
             return f"it needs {needed} {what} and {gpu.name} has {available}"
     if plan.rows < gpu.smallest_rows:
         return f"{gpu.name} multiplies {gpu.smallest_rows} rows or more at once and it has tiles of {plan.rows}"
-    return None if fits_registers(plan) else "its tiles are too large for the registers of a program"
+    return None if fits_registers(plan, gpu) else "its tiles are too large for the registers of a program"
 
 
 def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> dict[str, int | str]:

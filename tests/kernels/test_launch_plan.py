@@ -39,7 +39,7 @@ def test_every_plan_can_run_and_covers_everything_once(call):
     programs, groups, directions = plan.grid
     assert programs * groups * directions <= gpu.multiprocessors
     assert shared_memory_bytes(plan) <= gpu.shared_memory
-    assert fits_registers(plan)
+    assert fits_registers(plan, gpu)
     if plan.regime != "streamed":
         weights = 4 * H * H * (2 if dtype != "float32" else 4)
         assert programs * shared_memory_bytes(plan) >= weights
