@@ -89,6 +89,20 @@ def load_tile(
 
 
 @triton.jit
+def scan_tile(
+    row_pointers, row_mask, exchanged,  # (BLOCK_B,), as in `receive`
+    K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Not 0 if an element of the tile is not written; in a loop, so that few of the tile's registers live at once."""
+    DTYPE: tl.constexpr = row_pointers.dtype.element_ty
+    unwritten = sentinel_bits(load_words(row_pointers, row_mask, 0, K, H, GATE_STRIDE, BLOCK_K), DTYPE)
+    for n in range(1, (K + BLOCK_K - 1) // BLOCK_K):
+        unwritten |= sentinel_bits(load_words(row_pointers, row_mask, n, K, H, GATE_STRIDE, BLOCK_K), DTYPE)
+    unwritten = (unwritten != 0) & exchanged[:, None]
+    return tl.max(tl.max(unwritten.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
 def load_chunk(
     row_pointers, row_mask, n,
     K: tl.constexpr, H: tl.constexpr, GATE_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -117,7 +131,11 @@ def receive(
     With MAX_SPINS > 0 the wait ends after so many loads at the latest and what it was for is reported; from then on
     this program waits for nothing, so that the launch ends.
     """
-    words, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+    words = ()
+    if KEEP:
+        words, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+    else:
+        unwritten = scan_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
     spins_left = MAX_SPINS
     if MAX_SPINS > 0:
         spins_left = tl.where(tl.load(error_ptr, volatile=True) == 0, MAX_SPINS, 0)
@@ -125,7 +143,7 @@ def receive(
         if KEEP:
             words, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
         else:
-            _, unwritten = load_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
+            unwritten = scan_tile(row_pointers, row_mask, exchanged, K, H, GATE_STRIDE, BLOCK_K)
         if MAX_SPINS > 0:
             spins_left -= 1
     if MAX_SPINS > 0:  # noqa: SIM102  (known when compiling, unlike the next condition)
