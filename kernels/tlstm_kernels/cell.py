@@ -1,5 +1,8 @@
 """Gate math inside a kernel: activations, one cell step and its derivative. Everything here is float32 on tiles."""
 
+# The body of a kernel is Triton, not Python, and has no types.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton

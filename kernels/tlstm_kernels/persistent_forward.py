@@ -9,6 +9,9 @@ of the batch; and one head of one direction. At each step it needs all of h_{t-1
 exchange through the output y itself. Gates, sums and c are float32 whatever the storage dtype.
 """
 
+# The body of a kernel is Triton, not Python, and has no types.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,9 @@ A (rows, ...) tensor is dense and row-major; (t, b) is its row t * stride_t + b 
 and a slice of a longer sequence are the same to a kernel.
 """
 
+# The body of a kernel is Triton, not Python, and has no types.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
