@@ -18,7 +18,8 @@ from pathlib import Path
 import triton
 from tlstm_kernels.ahead_of_time import compile_plan
 from tlstm_kernels.gpu import GPU, KNOWN_GPUS
-from tlstm_kernels.launch_plan import KERNELS, LaunchPlan, choose_plan
+from tlstm_kernels.launch_plan import KERNELS, LaunchPlan
+from tlstm_kernels.plan_choice import choose_plan
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "compiled"

@@ -6,11 +6,10 @@ figures.registers, figures.spills, figures.shared_memory, figures.matrix_instruc
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
-import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -70,14 +69,18 @@ def compile_plan(plan: LaunchPlan, gpu: GPU) -> CompiledFigures:
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     arch: int | str = gpu.arch if gpu.is_amd else int(gpu.arch.removeprefix("sm_"))
     target = GPUTarget("hip" if gpu.is_amd else "cuda", arch, gpu.warp_size)
-    compiled = triton.compile(source, target=target, options=compile_options(plan))
-    return _figures(compiled, gpu)
+    log = io.StringIO()
+    # What the assembler says of registers and spills is said only while it runs, so that no cache may answer for it.
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=compile_options(plan))
+    return _figures(compiled, gpu, log.getvalue())
 
 
-def _figures(compiled: Any, gpu: GPU) -> CompiledFigures:
+def _figures(compiled: Any, gpu: GPU, log: str) -> CompiledFigures:
     text = compiled.asm["amdgcn" if gpu.is_amd else "ptx"]
     counts = {name: len(re.findall(pattern, text)) for name, pattern in _MATRIX_INSTRUCTIONS.items()}
-    registers, spills = _amd_resources(text) if gpu.is_amd else _nvidia_resources(compiled.asm["cubin"])
+    registers, spills = _amd_resources(text) if gpu.is_amd else _nvidia_resources(log)
     return CompiledFigures(
         target=gpu.arch,
         registers=registers,
@@ -95,12 +98,6 @@ def _amd_resources(text: str) -> tuple[int, int]:
     return value("vgpr_count"), 4 * value("vgpr_spill_count")
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of the machine code; the stack holds what was spilled."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    usage = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout)[-1]
-    return int(usage[0]), int(usage[1])
+def _nvidia_resources(log: str) -> tuple[int, int]:
+    """Registers, and bytes stored to memory for want of one, as the assembler reports them."""
+    return int(re.findall(r"Used (\d+) registers", log)[-1]), int(re.findall(r"(\d+) bytes spill stores", log)[-1])

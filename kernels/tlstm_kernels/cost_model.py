@@ -1,7 +1,7 @@
 """What a launch plan needs of a program's registers and shared memory, and how long one time step takes by its model.
 
 The memory figures are those of compiled code. The times only rank plans: a table of measured plans overrules them
-(`launch_plan.MEASURED`). One step of one program group takes, in microseconds,
+(`plan_choice.MEASURED`). One step of one program group takes, in microseconds,
 
     hop         the last program's store is seen by the others (L2 round trip); nothing for a single program
     broadcast   every program reads the group's whole h (backward: the gradients of its gates) from the L2

@@ -12,9 +12,10 @@ from triton.runtime.errors import OutOfResources
 
 from .gpu import GPU
 from .launch_options import current_options
-from .launch_plan import LaunchPlan, PlanError, choose_plan
+from .launch_plan import LaunchPlan, PlanError
 from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
+from .plan_choice import choose_plan
 
 Result = TypeVar("Result")
 # Plans whose compiled kernel turned out to need more than the GPU has: the estimates they were chosen by were too low.

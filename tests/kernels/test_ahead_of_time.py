@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tlstm_kernels.gpu import KNOWN_GPUS
-from tlstm_kernels.launch_plan import choose_plan
+from tlstm_kernels.plan_choice import choose_plan
 
 pytest.importorskip("triton", reason="needs triton's compiler")
 from tlstm_kernels.ahead_of_time import compile_plan

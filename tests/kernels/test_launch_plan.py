@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tlstm_kernels import launch_plan
+from tlstm_kernels import launch_plan, plan_choice
 from tlstm_kernels.cost_model import fits_registers, shared_memory_bytes, step_cost
 from tlstm_kernels.gpu import KNOWN_GPUS
 from tlstm_kernels.launch_options import current_options, launch_options, parse_pins
-from tlstm_kernels.launch_plan import LaunchPlan, PlanError, choose_plan
+from tlstm_kernels.launch_plan import LaunchPlan, PlanError
+from tlstm_kernels.plan_choice import choose_plan
 
 H100 = KNOWN_GPUS["H100"]
 gpus = st.sampled_from(sorted(KNOWN_GPUS)).map(KNOWN_GPUS.get)
@@ -66,7 +67,7 @@ def test_every_plan_can_run_and_covers_everything_once(call):
 @settings(max_examples=50)
 def test_the_same_call_gives_the_same_plan_and_a_description(call):
     plan = choose_plan(*call)
-    launch_plan._choose.cache_clear()
+    plan_choice._choose.cache_clear()
     assert choose_plan(*call) == plan
     text = plan.describe()
     for part in (plan.regime, f"H={plan.H}", f"B={plan.B}", plan.dtype, call[4].name, f"{plan.units} units"):
@@ -79,7 +80,7 @@ def test_no_pinned_plan_is_better_by_the_model(call):
     """The choice is the best one: pinning any single field never gives less time."""
     gpu, plan = call[4], choose_plan(*call)
     for name in ("units", "rows", "num_warps", "regime"):
-        for value in launch_plan._PINNABLE[name]:
+        for value in plan_choice._PINNABLE[name]:
             try:
                 other = choose_plan(*call, {name: value})
             except PlanError:
@@ -171,8 +172,8 @@ def test_measured_plans_overrule_the_model(monkeypatch):
     model = choose_plan("forward", 768, 16, "bfloat16", H100)
     choice = {"units": 32 if model.units != 32 else 16, "num_warps": 4}
     key = ("sm_90", 132, "forward", "bfloat16", 768)
-    monkeypatch.setattr(launch_plan, "MEASURED", {(*key, 16): choice, (*key, 64): {"units": 64}})
-    launch_plan._choose.cache_clear()
+    monkeypatch.setattr(plan_choice, "MEASURED", {(*key, 16): choice, (*key, 64): {"units": 64}})
+    plan_choice._choose.cache_clear()
     try:
         measured = choose_plan("forward", 768, 16, "bfloat16", H100)
         assert (measured.units, measured.num_warps, measured.source) == (choice["units"], 4, "measured")
@@ -182,12 +183,12 @@ def test_measured_plans_overrule_the_model(monkeypatch):
             assert choose_plan(*other, "bfloat16", H100).source == "model"
         assert choose_plan("forward", 768, 16, "bfloat16", H100, pinned={"units": model.units}).source == "pinned"
     finally:
-        launch_plan._choose.cache_clear()
+        plan_choice._choose.cache_clear()
 
 
 def test_every_measured_entry_can_run():
     by_chip = {(gpu.arch, gpu.multiprocessors): gpu for gpu in KNOWN_GPUS.values()}
-    for (arch, multiprocessors, kernel, dtype, H, B), choice in launch_plan.MEASURED.items():
+    for (arch, multiprocessors, kernel, dtype, H, B), choice in plan_choice.MEASURED.items():
         plan = choose_plan(kernel, H, B, dtype, by_chip[arch, multiprocessors])
         assert {name: getattr(plan, name) for name in choice} == choice
 
