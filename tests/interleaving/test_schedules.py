@@ -97,19 +97,41 @@ def test_results_are_the_same_bit_for_bit_under_every_schedule():
             assert torch.equal(getattr(other, name), getattr(results[0], name))
 
 
-def plain_torch(p: Problem) -> dict[str, torch.Tensor]:
-    """The recurrence of one direction in float64 as torch's own operations and autograd have it."""
+def plain_torch(p: Problem, d_cells: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The recurrence of one direction in float64 as torch's own operations and autograd have it.
+
+    With `d_cells` (T, B, H) the gradients are those of the cell-state sequence, and of nothing else.
+    """
     x, w_hh, h_0, c_0 = (t.double().requires_grad_() for t in (p.x, p.w_hh, p.h_0, p.c_0))
-    h, c, y = h_0[0], c_0[0], []
+    h, c, y, cells = h_0[0], c_0[0], [], []
     for x_t in x:
         i, f, g, o = (x_t + h @ w_hh[0].T).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         y.append(h)
+        cells.append(c)
     outputs = {"y": torch.stack(y), "h_n": h[None], "c_n": c[None]}
-    d_outputs = [d.double() for d in (p.d_y, p.d_h_n, p.d_c_n)]
-    d = torch.autograd.grad(list(outputs.values()), (x, h_0, c_0), d_outputs)
+    seeds = list(zip(outputs.values(), (p.d_y, p.d_h_n, p.d_c_n), strict=True))
+    if d_cells is not None:
+        seeds = [(torch.stack(cells), d_cells)]
+    d = torch.autograd.grad([o for o, _ in seeds], (x, h_0, c_0), [s.double() for _, s in seeds])
     return {**outputs, "d_gates": d[0], "d_h_0": d[1], "d_c_0": d[2]}
+
+
+def test_gradient_of_the_cell_sequence_with_no_other():
+    problem = make_problem(SMALL)
+    d_cells = torch.randn(SMALL.T * SMALL.B, SMALL.H)
+    absent = {"d_y_ptr": None, "d_h_n_ptr": None, "d_c_n_ptr": None}
+    results = backward(SMALL, problem, forward(SMALL, problem), d_cells_ptr=d_cells, **absent)
+    want = plain_torch(problem, d_cells.view(SMALL.T, SMALL.B, SMALL.H))
+    for name in ("d_gates", "d_h_0", "d_c_0"):
+        torch.testing.assert_close(getattr(results, name).double(), want[name], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_saved():
+    problem = make_problem(SMALL)
+    bare, full = forward(SMALL, problem, gates_ptr=None, cells_ptr=None), forward(SMALL, problem)
+    assert all(torch.equal(getattr(bare, name), getattr(full, name)) for name in ("y", "h_n", "c_n"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
