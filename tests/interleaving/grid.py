@@ -38,7 +38,7 @@ class Program:
     coroutine: greenlet.greenlet
     weight: float  # how often it is chosen, relative to the others
     loads: dict[int, tuple[bytes, int]] = field(default_factory=dict)  # first address -> result, repeats
-    interval: tuple[int, int] | None = None  # of the addresses loaded since the last wake-up
+    interval: tuple[int, int] | None = None  # first and last byte loaded since the last wake-up
     waits_for: str | None = None
 
     def note_load(
@@ -51,7 +51,8 @@ class Program:
         repeats = repeats + 1 if seen == result else 1
         self.loads[first] = result, repeats
         low, high = self.interval or (first, first)
-        self.interval = min(low, int(addresses.min())), max(high, int(addresses.max()))
+        last_byte = int(addresses.max()) + values.itemsize - 1
+        self.interval = min(low, int(addresses.min())), max(high, last_byte)
         if repeats >= patience and unwritten.any():
             self.waits_for = describe(int(addresses[unwritten][0]))
 
