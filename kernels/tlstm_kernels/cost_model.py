@@ -71,20 +71,27 @@ def fits_registers(plan: LaunchPlan, gpu: GPU) -> bool:
     of registers held over tiles that are multiplied by different instructions.
     """
     threads = 32 * plan.num_warps
-    outputs = plan.rows * plan.units / threads  # of one gate, in one thread
+    exact = plan.dtype == "float32" and plan.precision != "tf32" and not gpu.is_amd  # no matrix unit takes it
+    if plan.rows * plan.units / threads > (8 if plan.num_warps == 8 else 4):
+        return False  # elements of one gate in one thread
+    if plan.regime == "single":
+        return plan.rows <= (8 if exact else 32)
     pairs = ITEM_SIZE[plan.dtype] == 2 and plan.H % 2 == 0  # two 16-bit elements travel in one register
     kept = plan.keep_tile * plan.rows * plan.chunks * plan.block_k / (threads * (2 if pairs else 1))
-    unrolled = plan.rows * plan.chunks / plan.num_warps  # pointers and masks of the wait
-    exact = plan.dtype == "float32" and plan.precision != "tf32" and not gpu.is_amd  # no matrix unit takes it
-    if outputs > 8:
-        return False
+    # Pointers and masks of products that are unrolled over the chunks; streamed ones are a loop.
+    unrolled = 0 if plan.regime == "streamed" else plan.rows * plan.chunks / plan.num_warps
+    if plan.rows > gpu.smallest_rows and (exact or plan.H % 16):
+        return False  # rows that are not aligned are loaded in more and smaller pieces
     if plan.kernel == "backward":
-        room = 96 if plan.H % 16 == 0 else 64
-        steps = 128 if plan.regime == "streamed" else 64
-        return plan.rows <= (8 if exact else 16) and plan.num_warps == 8 and kept <= room and unrolled <= steps
-    if plan.rows > (8 if exact else 64) or (plan.units == 16 and plan.rows > 32):
+        largest, tile = (16, 1 << 17) if plan.H <= 1024 else (gpu.smallest_rows, 1 << 16)
+        small = plan.rows <= largest and plan.units * plan.rows * plan.block_k <= tile
+        return small and plan.num_warps == 8 and kept <= 96 and unrolled <= 64
+    if (plan.H % 16 and plan.units > 16) or (plan.H > 1024 and plan.block_k > 128):
         return False
-    return kept <= 40 and unrolled <= 128 and (plan.block_k <= 64 or not exact or plan.regime == "single")
+    small = plan.rows <= 64 and plan.rows * plan.block_k / threads <= 32 and not (plan.units == 16 and plan.rows > 32)
+    if exact:
+        small = small and plan.block_k <= 64 and plan.units > 4
+    return small and kept <= 40 and unrolled <= 128
 
 
 def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
@@ -119,6 +126,7 @@ def _matrix_us(plan: LaunchPlan, gpu: GPU, K: int, columns: int) -> float:
         return gpu.us(multiplies / 128)  # no matrix unit: one multiply-add per lane and clock
     depth = 16 if plan.dtype != "float32" else 8
     rate = gpu.matrix_macs_per_clock / (1 if plan.dtype != "float32" else 2)
-    asynchronous = gpu.arch == "sm_90" and columns >= 64
+    asynchronous = gpu.arch == "sm_90" and columns >= 64 and plan.rows >= 16  # as Triton 3.6 has it
     latency = ASYNCHRONOUS_LATENCY if asynchronous else MATRIX_LATENCY
-    return gpu.us(max(multiplies / rate, K / depth / plan.split_k * latency) + 40 * (plan.split_k - 1))
+    rounds = 60 * plan.chunks  # each chunk is stored, waited for and multiplied: the barriers of that
+    return gpu.us(max(multiplies / rate, K / depth / plan.split_k * latency) + 40 * (plan.split_k - 1) + rounds)

@@ -19,7 +19,7 @@ SMALLEST_BLOCK_K = 64  # of several chunks: shorter ones cost more barriers than
 NUM_WARPS = (4, 8)
 SPLIT_K = (1, 2, 4, 8)
 KEEP_TILE = (1, 0)
-MAX_CHUNKS = 64  # the wait for a tile is unrolled over its chunks
+MAX_CHUNKS = 64  # on the chip: products are unrolled over the chunks
 
 # Measured plans, which overrule the model: (arch, multiprocessors, kernel, dtype, H, largest B) -> the fastest choices.
 MEASURED: dict[tuple[str, int, str, str, int, int], dict[str, int | str]] = {}
@@ -71,9 +71,12 @@ def _choose(
         measured = _measured(kernel, H, B, dtype, gpu)
         pinned, source = (measured, "measured") if measured else ({}, source)
     common: dict[str, Any] = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "dtype": dtype, "precision": precision}
-    plans = [plan for plan in _candidates(common, gpu, pinned) if plan not in excluded]
+    possible = [plan for plan in _candidates(common, gpu, pinned) if plan not in excluded]
+    # A plan that spills is slow and right: only where what was asked for leaves nothing else.
+    plans = [plan for plan in possible if fits_registers(plan, gpu)] or (possible if pinned else [])
     if not plans and source == "measured":
-        source, plans = "model", [plan for plan in _candidates(common, gpu, {}) if plan not in excluded]
+        source, possible = "model", [plan for plan in _candidates(common, gpu, {}) if plan not in excluded]
+        plans = [plan for plan in possible if fits_registers(plan, gpu)]
     if not plans and source == "pinned":
         raise PlanError(_no_plan(common, gpu, pinned))
     if not plans:
@@ -123,7 +126,7 @@ def _makes_sense(
     if units >= H or block_k < SMALLEST_BLOCK_K or (block_k >= 2 * H and block_k > SMALLEST_BLOCK_K):
         return False
     if regime == "streamed":
-        return split_k == 1 and keep_tile == 0 and chunks <= MAX_CHUNKS
+        return split_k == 1 and keep_tile == 0
     if kernel == "forward":
         return split_k == 1 and chunks <= MAX_CHUNKS
     return split_k <= num_warps and 16 * split_k <= block_k and chunks <= MAX_CHUNKS
@@ -151,7 +154,7 @@ def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
             return f"it needs {needed} {what} and {gpu.name} has {available}"
     if plan.rows < gpu.smallest_rows:
         return f"{gpu.name} multiplies {gpu.smallest_rows} rows or more at once and it has tiles of {plan.rows}"
-    return None if fits_registers(plan, gpu) else "its tiles are too large for the registers of a program"
+    return None
 
 
 def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> dict[str, int | str]:

@@ -85,7 +85,7 @@ def test_no_pinned_plan_is_better_by_the_model(call):
                 other = choose_plan(*call, {name: value})
             except PlanError:
                 continue
-            if other.regime != "per_step":
+            if other.regime != "per_step" and fits_registers(other, gpu):
                 assert getattr(other, name) == value
                 best = step_cost(plan, gpu).total * plan.launches
                 assert step_cost(other, gpu).total * other.launches >= best * (1 - 1e-9)
