@@ -85,12 +85,12 @@ def fits_registers(plan: LaunchPlan, gpu: GPU) -> bool:
     if plan.kernel == "backward":
         largest, tile = (16, 1 << 17) if plan.H <= 1024 else (gpu.smallest_rows, 1 << 16)
         small = plan.rows <= largest and plan.units * plan.rows * plan.block_k <= tile
-        return small and plan.num_warps == 8 and kept <= 96 and unrolled <= 64
+        return small and plan.num_warps == 8 and kept <= (96 if plan.H <= 1024 else 64) and unrolled <= 64
     if (plan.H % 16 and plan.units > 16) or (plan.H > 1024 and plan.block_k > 128):
         return False
     small = plan.rows <= 64 and plan.rows * plan.block_k / threads <= 32 and not (plan.units == 16 and plan.rows > 32)
     if exact:
-        small = small and plan.block_k <= 64 and plan.units > 4
+        small = small and plan.block_k <= 64 and plan.num_warps == 8 and 4 < plan.units <= 32
     return small and kept <= 40 and unrolled <= 128
 
 

