@@ -109,8 +109,8 @@ class LSTM(torch.nn.LSTM):
             hx: initial state; zeros if None.
             lengths: for a padded batch, how many steps of each row count: the state is frozen after them and the
                 output past them is zero, as with a PackedSequence, but rows may be empty (their state passes through
-                unchanged) and in any order. For the native backend a tensor on the CPU avoids a synchronisation with the GPU; the
-                triton backend takes it from either, and values on a GPU are clamped to 0..T instead of checked.
+                unchanged) and in any order. For the native backend a tensor on the CPU avoids a synchronisation with
+                the GPU; the triton backend takes it from either, and clamps values on a GPU to 0..T unchecked.
 
         An empty sequence (T = 0), which torch.nn.LSTM refuses, gives an empty output and the unchanged state.
 
