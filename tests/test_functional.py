@@ -25,30 +25,37 @@ def test_auto_on_a_cpu_is_native():
     assert available_backends("cpu") == ["native", "reference"]
 
 
-def test_triton_says_why_it_cannot_run():
-    reason = explain_backends("cpu")["triton"]
-    assert "no Triton kernels" in reason
-    with pytest.raises(BackendUnavailableError, match=r"no Triton kernels.*backend='auto'.*native"):
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    with pytest.raises(BackendUnavailableError, match=r"need a GPU and the tensors are on cpu.*backend='auto'.*native"):
         resolve_backend("triton", "cpu")
-    with pytest.raises(BackendUnavailableError, match="no Triton kernels"):
+    module = LSTM(5, 7, backend="triton")  # the tensors' device is not known yet
+    with pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
+        module(torch.randn(2, 1, 5))
+
+    monkeypatch.setattr(functional.torch.cuda, "is_available", lambda: False)
+    assert explain_backends("cuda")["triton"] == "torch sees no GPU"
+    monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in explain_backends("cpu")["triton"]
+    with pytest.raises(BackendUnavailableError, match="not installed"):
         LSTM(5, 7, backend="triton")
     module = LSTM(5, 7)
-    with pytest.raises(BackendUnavailableError, match="no Triton kernels"):
+    with pytest.raises(BackendUnavailableError, match="not installed"):
         module.backend = "triton"
     assert module.backend == "auto"
 
 
-def test_triton_with_kernels_asks_for_the_package_and_a_gpu(monkeypatch):
-    monkeypatch.setitem(functional._RUNNERS, "triton", functional._RUNNERS["reference"])
-    monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in explain_backends("cpu")["triton"]
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((8, 0), None), ((9, 0), None), ((7, 5), r"8.0 or newer and this GPU has 7.5")]
+)
+def test_auto_takes_triton_on_a_gpu_that_can_once_it_is_the_default(monkeypatch, capability, reason):
+    monkeypatch.setattr(functional.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(functional.torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: object())
-    assert "need a GPU and the tensors are on cpu" in explain_backends("cpu")["triton"]
-    assert resolve_backend("auto", "cpu") == "native"
-    assert resolve_backend("auto", "cuda") == "triton"
-    module = LSTM(5, 7, backend="triton")  # the tensors' device is not known yet
-    with pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
-        module(torch.randn(2, 1, 5))
+    assert resolve_backend("auto", "cuda") == "native"  # not proved on a GPU yet
+    monkeypatch.setattr(functional, "TRITON_BY_DEFAULT", True)
+    assert resolve_backend("auto", "cuda") == ("triton" if reason is None else "native")
+    if reason is not None:
+        assert reason in explain_backends("cuda:0")["triton"]
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", None, 3])

@@ -3,7 +3,7 @@
     native      torch's own implementation: oneDNN or ATen on a CPU, cuDNN on an NVIDIA GPU
     reference   the equations of `tlstm_kernels.reference`: slow, exact, any dtype up to float64
     triton      the project's own kernels
-    auto        the fastest of those that can run
+    auto        native, until the kernels have been proved on a GPU (`TRITON_BY_DEFAULT`)
 
 Every backend takes the same arguments and gives the same results; `explain_backends()` says which can run here.
 """
@@ -12,42 +12,28 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
-from tlstm_kernels import reference
 from tlstm_kernels.checks import check_choice
-from torch import _VF, Tensor
+from tlstm_kernels.layer_op import lstm_layer
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from tlstm.functional_native import (
+    BackendUnavailableError,
+    LSTMOptions,
+    State,
+    Weights,
+    run_native,
+    run_native_packed,
+)
+
 BACKENDS = ("auto", "triton", "native", "reference")
-
-State = tuple[Tensor, Tensor]
-Weights = list[Tensor] | tuple[Tensor, ...]
-
-
-class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for by name cannot run; the message says why."""
-
-
-class LSTMOptions(NamedTuple):
-    """What `torch.nn.LSTM` is built with, as far as its forward pass needs it."""
-
-    num_layers: int = 1
-    bias: bool = True
-    dropout: float = 0.0
-    training: bool = False
-    bidirectional: bool = False
-    proj_size: int = 0
-
-    @property
-    def num_directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def weights_per_direction(self) -> int:
-        """W_ih, W_hh, then b_ih, b_hh with bias, then W_hr with a projection."""
-        return 2 + 2 * self.bias + (self.proj_size > 0)
+# Whether `auto` means the kernels on a GPU that can run them. They have passed every test that needs no GPU, but none on
+# a GPU yet: to be switched on with the first recorded run of benchmarks/gpu_check.sh. Until then ask for them by name.
+TRITON_BY_DEFAULT = False
+# A backend is one of these: (x, hx, weights, options, lengths) -> y, (h_n, c_n).
+_Runner = Callable[[Tensor, State, Weights, LSTMOptions, Tensor | None], tuple[Tensor, State]]
 
 
 def lstm(
@@ -70,12 +56,12 @@ def lstm(
         ValueError: unknown backend.
         BackendUnavailableError: the backend cannot run on x's device; the message says why.
     """
-    run = _RUNNERS[resolve_backend(backend, x.device)]
+    run = _RUNNERS[_pick(backend, x, options)]
     if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
         width = hx[0].shape[-1] * options.num_directions
         return x.new_zeros(0, x.shape[1], width), hx
-    return _call(run, x, hx, weights, options, lengths)
+    return run(x, hx, weights, options, lengths)
 
 
 def lstm_packed(
@@ -91,23 +77,31 @@ def lstm_packed(
     Returns:
         data of the output (N, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), rows in the packed order.
     """
-    name = resolve_backend(backend, data.device)
+    name = _pick(backend, data, options)
     if name == "native":
-        return _call(_native_packed, data, batch_sizes, hx, weights, options)
+        return run_native_packed(data, batch_sizes, hx, weights, options)
+    return _padded_and_packed(_RUNNERS[name], data, batch_sizes, hx, weights, options)
+
+
+@torch.compiler.disable  # the number of its operations depends on the lengths
+def _padded_and_packed(
+    run: _Runner, data: Tensor, batch_sizes: Tensor, hx: State, weights: Weights, options: LSTMOptions
+) -> tuple[Tensor, State]:
+    # The lengths come from batch_sizes, which is on the CPU: nothing here waits for a GPU.
     padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-    y, state = _call(_RUNNERS[name], padded, hx, weights, options, lengths)
+    y, state = run(padded, hx, weights, options, lengths)
     return pack_padded_sequence(y, lengths).data, state
 
 
 def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that `name` stands for on `device`: itself, or for `auto` the fastest one that can run.
+    """The backend that `name` stands for on `device`: itself, or for `auto` the fastest one that is known to be right.
 
     Raises:
         ValueError: unknown name.
         BackendUnavailableError: the named backend cannot run there; the message says why.
     """
     if name == "auto":
-        return "triton" if why_unavailable("triton", device) is None else "native"
+        return "triton" if TRITON_BY_DEFAULT and why_unavailable("triton", device) is None else "native"
     check_choice("backend", name, BACKENDS)
     reason = why_unavailable(name, device)
     if reason is not None:
@@ -132,138 +126,77 @@ def why_unavailable(name: str, device: torch.device | str | None = None) -> str 
     """Why the backend cannot run on `device` (None: on any device at all); None where it can."""
     if name != "triton":
         return None  # plain torch, on every device
-    if name not in _RUNNERS:
-        return "this version of tlstm has no Triton kernels"
+    kind, index = (None, None) if device is None else (torch.device(device).type, torch.device(device).index)
+    return _why_no_triton(kind, index)
+
+
+@torch.compiler.assume_constant_result
+def _why_no_triton(device_type: str | None, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package `triton` is not installed (pip install triton, Linux only)"
-    if device is not None and torch.device(device).type != "cuda":
-        return f"its kernels need a GPU and the tensors are on {torch.device(device)}"
+    if device_type is None:
+        return None
+    if device_type != "cuda":
+        return f"its kernels need a GPU and the tensors are on {device_type}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < (8, 0):
+        return f"its kernels need compute capability 8.0 or newer and this GPU has {capability[0]}.{capability[1]}"
     return None
 
 
-def _call(run: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:
-    """Run a backend, under torch.compile outside the compiled graph: inside, each time step would be traced apart."""
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-        return _outside_graph(run, *args)
-    return run(*args)
-
-
-@torch.compiler.disable
-def _outside_graph(run: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:
-    return run(*args)
-
-
-def _run_native(
-    x: Tensor,  # (T, B, I)
-    hx: State,
-    weights: Weights,
-    options: LSTMOptions,
-    lengths: Tensor | None,
-) -> tuple[Tensor, State]:
-    if lengths is None:
-        dropout, training, batch_first = options.dropout, options.training, False
-        y, h_n, c_n = _VF.lstm(
-            x, hx, weights, options.bias, options.num_layers, dropout, training, options.bidirectional, batch_first
-        )
-        return y, (h_n, c_n)
-    if torch.compiler.is_exporting():
-        raise BackendUnavailableError(
-            "backend 'native' cannot be exported with lengths: it packs the batch by their values. "
-            "Export with backend='reference', or without lengths."
-        )
-    lengths = lengths.cpu()
-    if bool((lengths == x.shape[0]).all()):
-        return _run_native(x, hx, weights, options, None)
-    if bool((lengths == 0).any()):
-        return _run_native_with_empty_rows(x, hx, weights, options, lengths)
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    hx = _reorder(hx, packed.sorted_indices)
-    data, state = _native_packed(packed.data, packed.batch_sizes, hx, weights, options)
-    output = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-    y, _ = pad_packed_sequence(output, total_length=x.shape[0])
-    return y, _reorder(state, packed.unsorted_indices)
-
-
-def _run_native_with_empty_rows(
-    x: Tensor,  # (T, B, I)
-    hx: State,
-    weights: Weights,
-    options: LSTMOptions,
-    lengths: Tensor,  # (B,) on the CPU, at least one of them 0
-) -> tuple[Tensor, State]:
-    """Packing refuses empty rows, so only the others are run and put back in their places."""
-    rows = lengths.nonzero().squeeze(1)
-    rows_there = rows.to(x.device)
-    y = x.new_zeros(x.shape[0], x.shape[1], hx[0].shape[-1] * options.num_directions)
-    if rows.numel() == 0:
-        return y, hx
-    x_rows, hx_rows = x.index_select(1, rows_there), _reorder(hx, rows_there)
-    y_rows, (h_n, c_n) = _run_native(x_rows, hx_rows, weights, options, lengths[rows])
-    y = y.to(y_rows.dtype).index_copy(1, rows_there, y_rows)
-    return y, (
-        hx[0].to(h_n.dtype).index_copy(1, rows_there, h_n),
-        hx[1].to(c_n.dtype).index_copy(1, rows_there, c_n),
-    )
-
-
-def _native_packed(
-    data: Tensor, batch_sizes: Tensor, hx: State, weights: Weights, options: LSTMOptions
-) -> tuple[Tensor, State]:
-    y, h_n, c_n = _VF.lstm(
-        data,
-        batch_sizes,
-        hx,
-        weights,
-        options.bias,
-        options.num_layers,
-        options.dropout,
-        options.training,
-        options.bidirectional,
-    )
-    return y, (h_n, c_n)
-
-
-def _reorder(state: State, rows: Tensor | None) -> State:
-    return state if rows is None else (state[0].index_select(1, rows), state[1].index_select(1, rows))
+def _pick(backend: str, x: Tensor, options: LSTMOptions) -> str:
+    """`resolve_backend`, where `auto` also leaves to torch what the kernels would only run step by step."""
+    name = resolve_backend(backend, x.device)
+    if backend == "auto" and name == "triton" and (x.dtype == torch.float64 or options.proj_size > 0):
+        return "native"
+    return name
 
 
 def _run_reference(
+    x: Tensor, hx: State, weights: Weights, options: LSTMOptions, lengths: Tensor | None
+) -> tuple[Tensor, State]:
+    return _run_layers(x, hx, weights, options, lengths, "reference")
+
+
+def _run_triton(
+    x: Tensor, hx: State, weights: Weights, options: LSTMOptions, lengths: Tensor | None
+) -> tuple[Tensor, State]:
+    return _run_layers(x, hx, weights, options, lengths, "triton")
+
+
+def _run_layers(
     x: Tensor,  # (T, B, I)
     hx: State,
     weights: Weights,
     options: LSTMOptions,
     lengths: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, State]:
-    device = x.device.type
-    h_0, c_0 = hx
-    if torch.is_autocast_enabled(device):
-        # What autocast does to torch's own LSTM: run it in the low precision dtype (float64 stays as it is).
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            hx, weights = (h_0.to(dtype), c_0.to(dtype)), [w.to(dtype) for w in weights]
-            return _run_reference(x.to(dtype), hx, weights, options, lengths)
+    """One `lstm_layer` after another: opaque to torch.compile, cast by autocast as torch's own LSTM is."""
     if lengths is not None:
-        lengths = lengths.to(x.device)
+        lengths = lengths.to(x.device, non_blocking=True)
+    D, n = options.num_directions, options.weights_per_direction * options.num_directions
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
-    n = options.weights_per_direction
     for layer in range(options.num_layers):
         if layer > 0 and options.dropout > 0:
             x = torch.nn.functional.dropout(x, options.dropout, options.training)
-        outputs = []
-        for direction in range(options.num_directions):
-            k = layer * options.num_directions + direction
-            own = weights[k * n : (k + 1) * n]
-            b_ih, b_hh = (own[2], own[3]) if options.bias else (None, None)
-            w_hr = own[-1] if options.proj_size > 0 else None
-            y, h, c = reference.lstm(x, h_0[k], c_0[k], own[0], own[1], b_ih, b_hh, w_hr, lengths, direction == 1)
-            outputs.append(y)
-            h_n.append(h)
-            c_n.append(c)
-        x = torch.cat(outputs, dim=-1) if options.bidirectional else outputs[0]
-    return x, (torch.stack(h_n), torch.stack(c_n))
+        states = slice(layer * D, (layer + 1) * D)
+        x, h, c = lstm_layer(
+            x,
+            hx[0][states],
+            hx[1][states],
+            weights[layer * n : (layer + 1) * n],
+            lengths,
+            backend=backend,
+        )
+        h_n.append(h)
+        c_n.append(c)
+    if len(h_n) == 1:
+        return x, (h_n[0], c_n[0])
+    return x, (torch.cat(h_n), torch.cat(c_n))
 
 
-# A backend is one entry here: (x, hx, weights, options, lengths) -> y, (h_n, c_n).
-_Runner = Callable[[Tensor, State, Weights, LSTMOptions, Tensor | None], tuple[Tensor, State]]
-_RUNNERS: dict[str, _Runner] = {"native": _run_native, "reference": _run_reference}
+_RUNNERS: dict[str, _Runner] = {"native": run_native, "reference": _run_reference, "triton": _run_triton}

@@ -31,7 +31,9 @@ class LSTM(torch.nn.LSTM):
 
     Arguments up to `dtype` are those of `torch.nn.LSTM`, with the same parameter names, initial values and
     `state_dict`. Copying, pickling, `torch.export`, `torch.jit.trace` and parametrizations work as there;
-    `torch.jit.script` does not.
+    `torch.jit.script` does not. With the triton and reference backends a layer is one node of a graph of torch.compile,
+    which however leaves out every torch.nn.LSTM, and so this class: for fullgraph=True set
+    `torch._dynamo.config.allow_rnn = True`, or call `tlstm.functional.lstm`.
 
     Args:
         backend: "auto" (the fastest that can run), "native" (torch's own), "reference" (the equations, slow) or
@@ -107,7 +109,8 @@ class LSTM(torch.nn.LSTM):
             hx: initial state; zeros if None.
             lengths: for a padded batch, how many steps of each row count: the state is frozen after them and the
                 output past them is zero, as with a PackedSequence, but rows may be empty (their state passes through
-                unchanged) and in any order. A tensor on the CPU avoids a synchronisation with the GPU.
+                unchanged) and in any order. For the native backend a tensor on the CPU avoids a synchronisation with
+                the GPU; the triton backend takes it from either, and clamps values on a GPU to 0..T unchecked.
 
         An empty sequence (T = 0), which torch.nn.LSTM refuses, gives an empty output and the unchanged state.
 

@@ -74,7 +74,7 @@ def check_lengths(
     batch_size: int,
     max_length: int,
 ) -> None:
-    """Check the lengths of a padded batch: one integer in 0..T for each row."""
+    """Check the lengths of a padded batch: one integer in 0..T for each row. Values on a GPU are not looked at."""
     if not isinstance(lengths, Tensor):
         raise ArgumentError(
             f"lengths: expected an integer tensor of shape ({batch_size},); received {_describe(lengths)}."
@@ -88,13 +88,66 @@ def check_lengths(
             f"lengths: expected shape ({batch_size},), one length for each row of the batch; "
             f"received {tuple(lengths.shape)}."
         )
-    if batch_size == 0 or torch.compiler.is_exporting():
-        return  # no values, or values that an exported program will only see when it runs
+    if batch_size == 0 or torch.compiler.is_compiling():
+        return  # no values, or values that a compiled or exported program will only see when it runs
+    if lengths.is_cuda:
+        return  # looking at them would wait for the GPU; the kernels take what is past the end for the end
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > max_length:
         raise ArgumentError(
             f"lengths: expected values from 0 to {max_length}, the padded length of this input; "
             f"received values from {low} to {high}."
+        )
+
+
+def check_layer(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    lengths: Tensor | None,  # (B,)
+    backend: str,
+) -> None:
+    """Check what one layer is called with: the kernels read memory by these shapes. Looks at no values."""
+    check_choice("backend", backend, ("triton", "reference"))
+    if backend == "triton" and x.device.type != "cuda":
+        raise ArgumentError(
+            f"backend 'triton': expected tensors on a GPU; received them on {x.device}. Use backend='reference' there."
+        )
+    D = h_0.shape[0]
+    n = len(weights) // max(D, 1)  # W_ih, W_hh[, b_ih, b_hh][, W_hr]
+    if (
+        x.dim() != 3
+        or h_0.dim() != 3
+        or c_0.dim() != 3
+        or D not in (1, 2)
+        or len(weights) != D * n
+        or n not in (2, 3, 4, 5)
+    ):
+        raise ArgumentError(
+            "lstm_layer: expected x (T, B, I), h_0 (D, B, P), c_0 (D, B, H) and 2 to 5 weights for each of D = 1 or 2 "
+            f"directions; received shapes {tuple(x.shape)}, {tuple(h_0.shape)}, {tuple(c_0.shape)} and {len(weights)} "
+            "weights. Give them flat, as torch.nn.LSTM has them: W_ih, W_hh[, b_ih, b_hh][, W_hr] for each direction."
+        )
+    (B, I), P, H = x.shape[1:], h_0.shape[2], c_0.shape[2]
+    has_bias, has_projection = n >= 4, n % 2 == 1
+    shapes: list[tuple[int, ...]] = [(4 * H, I), (4 * H, P)]
+    shapes += [(4 * H,)] * (2 * has_bias) + [(P, H)] * has_projection
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "h_0": (h_0, (D, B, P if has_projection else H)),
+        "c_0": (c_0, (D, B, H)),
+        **{f"weights[{k}]": (w, shapes[k % n]) for k, w in enumerate(weights)},
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ArgumentError(
+                f"{name}: expected {x.dtype} of shape {shape} on {x.device}, as x has it; received {tensor.dtype} of "
+                f"shape {tuple(tensor.shape)} on {tensor.device}."
+            )
+    if lengths is not None and (lengths.shape != (B,) or lengths.device != x.device):
+        raise ArgumentError(
+            f"lengths: expected shape ({B},) on {x.device}, one length for each row; received shape "
+            f"{tuple(lengths.shape)} on {lengths.device}."
         )
 
 

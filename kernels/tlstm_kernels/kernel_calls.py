@@ -1,0 +1,236 @@
+"""The two persistent kernels as functions of tensors: plan, allocate, fill with the sentinel, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .gpu import GPU
+from .launch_options import current_options
+from .launch_plan import LaunchPlan, PlanError
+from .persistent_backward import persistent_backward_kernel
+from .persistent_forward import persistent_forward_kernel
+from .plan_choice import choose_plan
+
+Result = TypeVar("Result")
+# Plans whose compiled kernel turned out to need more than the GPU has: the estimates they were chosen by were too low.
+_too_large: dict[GPU, frozenset[LaunchPlan]] = {}
+
+
+class ExchangeError(RuntimeError):
+    """With `max_spins`: a program waited too long for another one; the message says which one, and for what."""
+
+
+class Launch(NamedTuple):
+    """One launch of a plan: some rows of the batch."""
+
+    rows: slice
+    grid: tuple[int, int, int]
+    options: dict[str, Any]
+
+
+@cache
+def gpu_of(index: int) -> GPU:
+    """What the driver says of a GPU."""
+    props = torch.cuda.get_device_properties(index)
+    amd = torch.version.hip is not None
+    arch = props.gcnArchName.partition(":")[0] if amd else f"sm_{props.major}{props.minor}"
+    return GPU(
+        name=props.name,
+        arch=arch,
+        multiprocessors=props.multi_processor_count,
+        shared_memory=getattr(props, "shared_memory_per_block_optin", 0) or props.shared_memory_per_block,
+        clock_mhz=getattr(props, "clock_rate", 0) // 1000 or 1700,
+        l2_bytes=props.L2_cache_size,
+        memory_gb_per_s=2000,
+        registers=getattr(props, "regs_per_multiprocessor", 65536),
+        max_threads=props.max_threads_per_multi_processor,
+    )
+
+
+def plan_for(kernel: str, x: Tensor, c_0: Tensor, has_projection: bool) -> LaunchPlan:
+    """The plan of "forward" or "backward" for a layer's input (T, B, I) and initial cell state (D, B, H)."""
+    (T, B, _), (D, _, H) = x.shape, c_0.shape
+    gpu = gpu_of(x.device.index)
+    pinned = dict(current_options().pins(kernel))
+    if has_projection or not T * B * H:
+        pinned = {"regime": "per_step"}
+    dtype = str(x.dtype).removeprefix("torch.")
+    tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return choose_plan(
+        kernel, H, B, dtype, gpu, D, "tf32" if tf32 else "ieee", pinned, excluded=_too_large.get(gpu, frozenset())
+    )
+
+
+def with_plan(kernel: str, x: Tensor, c_0: Tensor, has_projection: bool, run: Callable[[LaunchPlan], Result]) -> Result:
+    """`run(plan)` with the best plan that the GPU can run. A kernel that turns out to be too large is not launched."""
+    while True:
+        plan = plan_for(kernel, x, c_0, has_projection)
+        try:
+            return run(plan)
+        except OutOfResources as error:
+            if plan.source == "pinned":
+                raise PlanError(f"plan: the compiled kernel does not fit: {error}. {plan.describe()}") from error
+            gpu = gpu_of(x.device.index)
+            _too_large[gpu] = _too_large.get(gpu, frozenset()) | {plan}
+
+
+def forward_kernel(
+    plan: LaunchPlan,
+    x_proj: Tensor,  # (T, B, D*4H) contiguous
+    w_hh: Tensor,  # (D, 4H, H) contiguous
+    h_0: Tensor,  # (D, B, H) contiguous
+    c_0: Tensor,  # (D, B, H) contiguous
+    lengths: Tensor | None,  # (B,) contiguous
+    keep: str,  # "gates", "states" or "nothing"
+    reverse: bool,  # whether the first direction reads from the end
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (T, B, D*H), h_n, c_n (D, B, H), gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
+    (T, B, _), (D, _, H) = x_proj.shape, c_0.shape
+    y = _exchanged((T, B, D * H), x_proj, plan)
+    gates = x_proj.new_empty((T, B, D, 4 * H) if keep == "gates" else (0,))
+    cells = x_proj.new_empty((0,) if keep == "nothing" else (T, B, D, H), dtype=torch.float32)
+    h_n, c_n = [], []
+    for launch in _launches(plan, B, D, reverse):
+        rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
+        outs = [torch.empty_like(s if whole else s[:, rows], memory_format=torch.contiguous_format) for s in (h_0, c_0)]
+        errors = _errors(launch, x_proj)
+        _run(
+            persistent_forward_kernel, plan, launch, errors,
+            _from_row(x_proj, rows), w_hh, _rows_of(h_0, rows, whole), _rows_of(c_0, rows, whole), _from_row(y, rows),
+            *outs, _from_row(gates, rows) if keep == "gates" else None,
+            _from_row(cells, rows) if keep != "nothing" else None, None if lengths is None else lengths[rows],
+            None, None, None, errors, T, rows.stop - rows.start, B, 1, H, 1, D,
+        )  # fmt: skip
+        h_n.append(outs[0])
+        c_n.append(outs[1])
+    return y, _joined(h_n), _joined(c_n), gates, cells
+
+
+def backward_kernel(
+    plan: LaunchPlan,
+    d_y: Tensor | None,  # (T, B, D*H) contiguous, as are all of these; None is zero
+    d_h_n: Tensor | None,  # (D, B, H)
+    d_c_n: Tensor | None,  # (D, B, H)
+    w_hh: Tensor,  # (D, 4H, H)
+    gates: Tensor,  # (T, B, D, 4H)
+    cells: Tensor,  # (T, B, D, H)
+    c_0: Tensor,  # (D, B, H)
+    lengths: Tensor | None,  # (B,)
+    pre_activation: bool,  # what gates holds: before (True) or after the activation
+    reverse: bool,  # whether the first direction read from the end
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns d_gates (T, B, D*4H) of the pre-activations, d_h_0 and d_c_0 (D, B, H)."""
+    T, B, D, H = cells.shape
+    d_gates = _exchanged((T, B, D * 4 * H), gates, plan)
+    d_h_0, d_c_0 = [], []
+    for launch in _launches(plan, B, D, reverse):
+        rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
+        outs = [c_0.new_empty(D, rows.stop - rows.start, H) for _ in range(2)]
+        errors = _errors(launch, c_0)
+        _run(
+            persistent_backward_kernel, plan, launch, errors,
+            None if d_y is None else _from_row(d_y, rows),
+            *(None if state is None else _rows_of(state, rows, whole) for state in (d_h_n, d_c_n)), None,
+            w_hh, _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
+            _from_row(d_gates, rows), *outs, None if lengths is None else lengths[rows], None, None, None, None, errors,
+            T, rows.stop - rows.start, B, 1, H, 1, D, PRE_ACTIVATION=int(pre_activation),
+        )  # fmt: skip
+        d_h_0.append(outs[0])
+        d_c_0.append(outs[1])
+    return d_gates, _joined(d_h_0), _joined(d_c_0)
+
+
+def constants(plan: LaunchPlan) -> dict[str, Any]:
+    """The compile-time arguments that a plan fixes, by their names in the kernel."""
+    fixed = {
+        "UNITS": plan.units,
+        "BLOCK_B": plan.rows,
+        "BLOCK_K": plan.block_k,
+        "WEIGHTS_ON_CHIP": int(plan.regime != "streamed"),
+        "KEEP_TILE": plan.keep_tile,
+        "INPUT_PRECISION": plan.precision,
+    }
+    return fixed if plan.kernel == "forward" else fixed | {"SPLIT_K": plan.split_k}
+
+
+def compile_options(plan: LaunchPlan) -> dict[str, Any]:
+    """The options of Triton's compiler that a plan fixes. A grid that waits for itself is launched as a whole."""
+    return {
+        "num_warps": plan.num_warps,
+        "num_stages": 2 if plan.regime == "streamed" else 1,
+        "launch_cooperative_grid": plan.programs > 1,
+    }
+
+
+def _launches(plan: LaunchPlan, B: int, D: int, reverse: bool) -> Iterator[Launch]:
+    options = {**constants(plan), **compile_options(plan), "REVERSE": int(reverse)}
+    options["MAX_SPINS"] = current_options().max_spins
+    for rows in plan.batch_slices():
+        tiles = -(-len(rows) // plan.rows)
+        yield Launch(slice(rows.start, rows.stop), (plan.programs, tiles, D), options)
+
+
+def _run(
+    kernel: Any, plan: LaunchPlan, launch: Launch, errors: Tensor | None, *arguments: Any, **constants: Any
+) -> None:
+    try:
+        kernel[launch.grid](*arguments, **launch.options, **constants)
+    except RuntimeError as error:
+        if "cooperative" not in str(error):
+            raise
+        raise PlanError(
+            f"plan: expected {launch.grid} programs to fit on the GPU at the same time; received the driver's refusal: "
+            f"{error}. Is the GPU shared or partitioned? Pin a smaller plan. {plan.describe()}"
+        ) from error
+    if errors is not None:
+        _raise_if_stuck(errors, launch, plan)
+
+
+def _exchanged(shape: tuple[int, ...], like: Tensor, plan: LaunchPlan) -> Tensor:
+    """A tensor that programs exchange: every element is the sentinel, all bits one, until it is written."""
+    if plan.programs == 1:
+        return like.new_empty(shape)
+    bits = torch.int16 if like.element_size() == 2 else torch.int32
+    return like.new_full(shape, -1, dtype=bits).view(like.dtype)
+
+
+def _errors(launch: Launch, like: Tensor) -> Tensor | None:
+    if not launch.options["MAX_SPINS"]:
+        return None
+    x, y, z = launch.grid
+    return like.new_zeros(x * y * z, 4, dtype=torch.int32)
+
+
+def _raise_if_stuck(errors: Tensor, launch: Launch, plan: LaunchPlan) -> None:
+    stuck = errors[:, 0].nonzero().flatten().tolist()
+    if not stuck:
+        return
+    units, tiles, _ = launch.grid
+    first = min(stuck, key=lambda program: int(errors[program, 0]))
+    step, row, column = (int(value) for value in errors[first, :3])
+    raise ExchangeError(
+        f"{len(stuck)} of {len(errors)} programs gave up waiting after {launch.options['MAX_SPINS']} loads. The first: "
+        f"program (unit slice {first % units}, batch tile {first // units % tiles}, "
+        f"direction {first // units // tiles}) could not start step {step - 1}: row {row} of its tile, column {column} "
+        f"of the exchanged tensor, which unit slice {column % plan.H // plan.units} owns, was never written. "
+        f"{plan.describe()}"
+    )
+
+
+def _from_row(tensor: Tensor, rows: slice) -> Tensor:
+    """A (T, B, ...) tensor from its first row of these: the kernel steps over the whole batch from time to time."""
+    return tensor[:, rows] if rows.start else tensor
+
+
+def _rows_of(state: Tensor, rows: slice, whole: bool) -> Tensor:
+    return state if whole else state[:, rows].contiguous()
+
+
+def _joined(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states, 1)

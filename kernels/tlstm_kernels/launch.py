@@ -1,0 +1,198 @@
+"""A layer of one or two directions through the Triton kernels: allocate, fill, launch, and the products around them.
+
+The counterpart of `layer_reference`: the same arguments and results, for tensors on a GPU. Nothing here waits for the
+GPU or looks at a value, all work goes to the current stream, and every allocation depends on shapes only, so that a
+call can be captured in a CUDA graph. What no kernel covers is computed step by step by `layer_reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import layer_reference
+from .kernel_calls import backward_kernel, forward_kernel, with_plan
+from .launch_plan import LaunchPlan
+from .layer_weights import DirectionWeights, split_weights, weight_kinds
+
+
+def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes in which a layer of `dtype` keeps its gates and its cell states for the backward pass."""
+    return dtype, torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    lengths: Tensor | None,  # (B,)
+    keep: str,  # "gates", "states" or "nothing": what the backward pass will be given
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
+
+    def run(plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if plan.regime == "per_step":
+            results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep)
+            gates_dtype, cells_dtype = kept_dtypes(x.dtype)
+            return *results[:3], results[3].to(gates_dtype), results[4].to(cells_dtype)
+        split = split_weights(weights, h_0.shape[0])
+        apart = [
+            forward_kernel(
+                plan,
+                _input_projection(x, split[ks]),
+                _stacked(split[ks]),
+                h_0[ks].contiguous(),
+                c_0[ks].contiguous(),
+                _clamped(lengths, x.shape[0]),
+                keep,
+                reverse=ks.start == 1,
+            )
+            for ks in _direction_sets(plan)
+        ]
+        if len(apart) == 1:
+            return apart[0]
+        # Directions are the last dimension of y, the first of the states and the third of what is kept.
+        y, h_n, c_n, gates, cells = zip(*apart, strict=True)
+        gates_and_cells = [parts[0] if parts[0].dim() == 1 else torch.cat(parts, 2) for parts in (gates, cells)]
+        return torch.cat(y, -1), torch.cat(h_n), torch.cat(c_n), gates_and_cells[0], gates_and_cells[1]
+
+    with torch.no_grad(), torch.cuda.device_of(x):
+        return with_plan("forward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
+
+
+def backward(
+    d_y: Tensor | None,  # (T, B, D*P); None, as for the next two, is zero
+    d_h_n: Tensor | None,  # (D, B, P)
+    d_c_n: Tensor | None,  # (D, B, H)
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    y: Tensor,  # (T, B, D*P)
+    gates: Tensor,  # (T, B, D, 4H), or empty: computed again
+    cells: Tensor,  # (T, B, D, H)
+    lengths: Tensor | None,  # (B,)
+    need_x: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    """Gradients of x (empty if not needed), h_0, c_0, and of the flat weights (none if not needed)."""
+
+    def run(plan: LaunchPlan) -> list[Tensor]:
+        if plan.regime == "per_step":
+            inputs = (x, h_0, c_0, weights, y, gates, cells, lengths)
+            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights)
+        split = split_weights(weights, h_0.shape[0])
+        ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
+        apart = [
+            backward_kernel(
+                plan,
+                None if d_y is None else d_y[..., ks.start * H : ks.stop * H].contiguous(),
+                None if d_h_n is None else d_h_n[ks].contiguous(),
+                None if d_c_n is None else d_c_n[ks].contiguous(),
+                _stacked(split[ks]),
+                gates[:, :, ks].contiguous() if gates.numel() else _pre_activations(x, h_0, split, y, ends, ks),
+                cells[:, :, ks].contiguous(),
+                c_0[ks].contiguous(),
+                ends,
+                pre_activation=not gates.numel(),
+                reverse=ks.start == 1,
+            )
+            for ks in _direction_sets(plan)
+        ]
+        d_gates, d_h_0, d_c_0 = apart[0]
+        if len(apart) > 1:
+            d_gates, d_h_0, d_c_0 = (torch.cat(p, d) for p, d in zip(zip(*apart, strict=True), (-1, 0, 0), strict=True))
+        d_x = d_gates @ _joined([w.w_ih for w in split]) if need_x else x.new_empty(0)
+        d_weights = _weight_gradients(d_gates, x, h_0, y, split, ends) if need_weights else []
+        return [d_x, d_h_0, d_c_0, *d_weights]
+
+    with torch.no_grad(), torch.cuda.device_of(x):
+        return with_plan("backward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
+
+
+def _direction_sets(plan: LaunchPlan) -> list[slice]:
+    """The directions of each launch."""
+    return [slice(ks.start, ks.stop) for ks in plan.direction_slices()]
+
+
+def _input_projection(x: Tensor, split: Sequence[DirectionWeights]) -> Tensor:
+    """(T, B, D*4H): x W_ih^T + b_ih + b_hh of all directions, one product."""
+    bias = None
+    if split[0].b_ih is not None:
+        bias = _joined([w.b_ih for w in split]) + _joined([w.b_hh for w in split])
+    return torch.nn.functional.linear(x, _joined([w.w_ih for w in split]), bias).contiguous()
+
+
+def _pre_activations(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, H)
+    split: Sequence[DirectionWeights],
+    y: Tensor,  # (T, B, D*H)
+    lengths: Tensor | None,
+    directions: slice,
+) -> Tensor:
+    """(T, B, n, 4H): all gates of all steps before their activation, which need no recurrence once y is known."""
+    own = split[directions]
+    gates = _input_projection(x, own)
+    T, B, _ = x.shape
+    width = gates.shape[-1] // len(own)
+    for n, k in enumerate(range(directions.start, directions.stop)):
+        rows = gates.view(T * B, -1)[:, n * width : (n + 1) * width]
+        rows.addmm_(_h_before(h_0, y, lengths, k).flatten(0, 1), own[n].w_hh.T)
+    return gates.view(T, B, len(own), width)
+
+
+def _weight_gradients(
+    d_gates: Tensor,  # (T, B, D*4H)
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, H)
+    y: Tensor,  # (T, B, D*H)
+    split: Sequence[DirectionWeights],
+    lengths: Tensor | None,
+) -> list[Tensor]:
+    rows = d_gates.flatten(0, 1)
+    if lengths is not None:
+        # d_gates is zero past a row's length, but zero times what x may hold there need not be.
+        valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths[None, :]
+        x = x.masked_fill(~valid[..., None], 0)
+    gradients: list[Tensor] = []
+    for k, own in enumerate(rows.chunk(len(split), dim=1)):
+        gradients += [own.T @ x.flatten(0, 1), own.T @ _h_before(h_0, y, lengths, k).flatten(0, 1)]
+        if split[k].b_ih is not None:
+            gradients += [own.sum(0)] * 2
+    return gradients
+
+
+def _h_before(
+    h_0: Tensor,  # (D, B, H)
+    y: Tensor,  # (T, B, D*H)
+    lengths: Tensor | None,  # (B,)
+    direction: int,
+) -> Tensor:
+    """(T, B, H): the h that each step of one direction started from."""
+    H, first = h_0.shape[-1], h_0[direction]
+    h = y[..., direction * H : (direction + 1) * H]
+    if direction == 0:
+        return torch.cat((first[None], h[:-1]))
+    h = torch.cat((h[1:], first[None]))
+    if lengths is not None:
+        # Read from its end, a row starts at its own last step. (A row without steps has no gradient to spoil.)
+        h[(lengths - 1).clamp(min=0), torch.arange(h.shape[1], device=h.device)] = first
+    return h
+
+
+def _stacked(split: Sequence[DirectionWeights]) -> Tensor:
+    """(D, 4H, H): W_hh of all directions."""
+    return split[0].w_hh[None].contiguous() if len(split) == 1 else torch.stack([w.w_hh for w in split])
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return present[0] if len(present) == 1 else torch.cat(present)
+
+
+def _clamped(lengths: Tensor | None, T: int) -> Tensor | None:
+    return None if lengths is None else lengths.clamp(0, T).contiguous()

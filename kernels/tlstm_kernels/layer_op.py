@@ -1,0 +1,225 @@
+"""One LSTM layer, one or both directions, as one differentiable operator: `torch.ops.tlstm.lstm_layer`.
+
+Two ways lead to the same forward and backward functions:
+
+    eager       a plain autograd function, which pays nothing for the dispatch of an operator
+    compiled    an opaque operator with its shapes and its gradient, so that torch.compile sees one node
+
+The functions are those of `launch` (the Triton kernels) or of `layer_reference` (the equations). Gradients of gradients
+always go through the equations. Weights are flat, as torch has them: for each direction W_ih (4H, I), W_hh (4H, P),
+then b_ih (4H,) and b_hh (4H,) with bias, then W_hr (P, H) with a projection.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layer_reference, reference
+from .checks import check_layer
+from .launch_options import applied, current_options
+from .layer_reference import or_zeros
+from .layer_weights import split_weights
+
+_MODULES = {"triton": "launch", "reference": "layer_reference"}
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def lstm_layer(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    lengths: Tensor | None = None,  # (B,) integer, 0..T
+    *,
+    backend: str = "triton",
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one layer in D directions; differentiable, twice through the equations.
+
+    The number of directions is that of `h_0`; the second one reads the sequence from its end. Under autocast the
+    arguments are cast to its dtype, float64 excepted.
+
+    Args:
+        backend: "triton" (tensors on a GPU) or "reference".
+        recompute: keep only the states for the backward pass and compute the gates again there (one more product over
+            all steps), instead of keeping the four gates of every step.
+
+    Returns:
+        y (T, B, D*P), h_n (D, B, P), c_n (D, B, H), in the dtype of x.
+
+    Raises:
+        ValueError: tensors that do not fit one another, or a backend that cannot run on them.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
+            return lstm_layer(x, h_0, c_0, weights, lengths, backend=backend, recompute=recompute)
+    check_layer(x, h_0, c_0, weights, lengths, backend)
+
+    keep = "nothing"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *weights)):
+        keep = "states" if recompute else "gates"
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if backend == "reference" and not traced:
+        return _reference_layer(x, h_0, c_0, weights, lengths)
+    if traced or type(x) not in _PLAIN_TENSORS:
+        results = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep)
+    else:
+        results = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, *weights)
+    return results[0], results[1], results[2]
+
+
+def _reference_layer(
+    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every transform of torch.func and torch.export goes through this one; torch.compile would unroll it over time."""
+    results = [
+        reference.lstm(x, h_0[k], c_0[k], *w, lengths, k == 1)
+        for k, w in enumerate(split_weights(weights, h_0.shape[0]))
+    ]
+    y, h_n, c_n = zip(*results, strict=True)
+    return torch.cat(y, -1) if len(y) > 1 else y[0], torch.stack(h_n), torch.stack(c_n)
+
+
+def _implementation(backend: str) -> Any:
+    """The module with `forward` and `backward`; that of the kernels is imported when it is first used."""
+    return importlib.import_module(f".{_MODULES[backend]}", __package__)
+
+
+class LayerFunction(torch.autograd.Function):
+    """The eager way."""
+
+    @staticmethod
+    def forward(x, h_0, c_0, lengths, backend, keep, *weights):
+        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h_0, c_0, lengths, ctx.backend, _, *weights = inputs
+        _save(ctx, x, h_0, c_0, weights, lengths, output)
+
+    @staticmethod
+    def backward(ctx, d_y, d_h_n, d_c_n, *_):
+        needs = ctx.needs_input_grad
+        d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[6:]))
+        return d_x if needs[0] else None, d_h_0, d_c_0, None, None, None, *(d_weights or (None,) * (len(needs) - 6))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        """One call for each entry of the mapped dimension: a kernel runs one layer with one set of weights."""
+
+        def entry(n: int) -> list[Any]:
+            return [a if dim is None else a.select(dim, n) for a, dim in zip(args, in_dims, strict=True)]
+
+        results = [LayerFunction.apply(*entry(n)) for n in range(info.batch_size)]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
+
+
+@torch.library.custom_op("tlstm::lstm_layer", mutates_args=())
+def lstm_layer_op(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    backend: str,
+    keep: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The compiled way; arguments as in `layer_reference.forward`."""
+    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep)
+
+
+@lstm_layer_op.register_fake
+def _(x, h_0, c_0, weights, lengths, backend, keep):
+    T, B, _ = x.shape
+    D, _, P = h_0.shape
+    H = c_0.shape[-1]
+    gates_dtype, cells_dtype = _implementation(backend).kept_dtypes(x.dtype)
+    gates = x.new_empty((T, B, D, 4 * H) if keep == "gates" else (0,), dtype=gates_dtype)
+    cells = x.new_empty((0,) if keep == "nothing" else (T, B, D, H), dtype=cells_dtype)
+    return x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H), gates, cells
+
+
+@torch.library.custom_op("tlstm::lstm_layer_backward", mutates_args=())
+def lstm_layer_backward_op(
+    d_y: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    lengths: Tensor | None,
+    backend: str,
+    need_x: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    """Gradients of x (empty if not needed), h_0, c_0, and of the weights (none if not needed)."""
+    gradients = _implementation(backend).backward(
+        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, need_x, need_weights
+    )
+    # The two biases have one gradient, and an operator may not return a tensor twice.
+    first = {id(g): n for n, g in reversed(list(enumerate(gradients)))}
+    return [g if first[id(g)] == n else g.clone() for n, g in enumerate(gradients)]
+
+
+@lstm_layer_backward_op.register_fake
+def _(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, backend, need_x, need_weights):
+    d_weights = [w.new_empty(w.shape) for w in weights] if need_weights else []
+    return [x.new_empty(x.shape if need_x else (0,)), h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), *d_weights]
+
+
+def _setup_op_context(ctx, inputs, output):
+    x, h_0, c_0, weights, lengths, ctx.backend, _ = inputs
+    _save(ctx, x, h_0, c_0, weights, lengths, output)
+
+
+def _op_backward(ctx, d_y, d_h_n, d_c_n, *_):
+    needs = ctx.needs_input_grad
+    need_weights = any(needs[3])
+    d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], need_weights)
+    return (
+        d_x if needs[0] else None,
+        d_h_0,
+        d_c_0,
+        d_weights if need_weights else [None] * len(needs[3]),
+        None,
+        None,
+        None,
+    )
+
+
+lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+
+
+def _save(ctx, x, h_0, c_0, weights, lengths, output):
+    # Autograd runs the backward pass in a thread of its own, where the caller's options are not in force.
+    ctx.launch_options = current_options()
+    y, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *weights)
+
+
+def _gradients(ctx, d_y, d_h_n, d_c_n, need_x, need_weights):
+    x, h_0, c_0, lengths, y, gates, cells, *weights = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # Second derivatives were asked for. What was kept is constant to autograd: compute it again from the inputs.
+        outer = (or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0))
+        inputs = (x, h_0, c_0, weights, lengths)
+        return layer_reference.differentiable_backward(*outer, *inputs)
+    arguments = (d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths)
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+        return lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights)
+    with applied(ctx.launch_options):
+        return _implementation(ctx.backend).backward(*arguments, need_x, need_weights)

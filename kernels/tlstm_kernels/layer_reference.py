@@ -1,0 +1,111 @@
+"""A layer of one or two directions through the equations of `reference`, with what its backward pass needs in tensors.
+
+The counterpart of `launch`: the same arguments and results, on any device and in any dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .layer_weights import split_weights
+
+
+def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes in which a layer of `dtype` keeps its gates and its cell states for the backward pass."""
+    return reference.compute_dtype(dtype), reference.compute_dtype(dtype)
+
+
+def forward(
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    lengths: Tensor | None,  # (B,)
+    keep: str,  # "gates", "states" or "nothing": what the backward pass will be given
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
+    with torch.no_grad():
+        split = split_weights(weights, h_0.shape[0])
+        results = [reference.lstm_forward(x, h_0[k], c_0[k], *w, lengths, k == 1) for k, w in enumerate(split)]
+        y, h_n, c_n, steps = zip(*results, strict=True)
+        gates, cells = (x.new_empty(0, dtype=dtype) for dtype in kept_dtypes(x.dtype))
+        if keep == "gates":
+            gates = torch.stack([torch.cat((s.i, s.f, s.g, s.o), -1) for s in steps], 2)
+        if keep != "nothing":
+            cells = torch.stack([s.c for s in steps], 2)
+        return torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n), gates, cells
+
+
+def backward(
+    d_y: Tensor | None,  # (T, B, D*P); None, as for the next two, is zero
+    d_h_n: Tensor | None,  # (D, B, P)
+    d_c_n: Tensor | None,  # (D, B, H)
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    y: Tensor,  # (T, B, D*P)
+    gates: Tensor,  # (T, B, D, 4H), or empty: computed again
+    cells: Tensor,  # (T, B, D, H)
+    lengths: Tensor | None,  # (B,)
+    need_x: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    """Gradients of x (empty if not needed), h_0, c_0, and of the flat weights (none if not needed)."""
+    P = h_0.shape[-1]
+    with torch.no_grad():
+        steps = None
+        if gates.numel():
+            steps = []
+            for k in range(h_0.shape[0]):
+                # Past a row's end the state is frozen; of that only the initial one, in reverse, is ever read.
+                h = _frozen_at(h_0[k], y[..., k * P : (k + 1) * P], lengths)
+                i, f, g, o = gates[:, :, k].to(cells.dtype).chunk(4, -1)
+                steps.append(reference.LSTMSteps(i, f, g, o, cells[:, :, k], h.to(cells.dtype)))
+        d_y, d_h_n, d_c_n = or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0)
+        d_x, d_h_0, d_c_0, *d_weights = differentiable_backward(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, steps)
+    return [d_x if need_x else x.new_empty(0), d_h_0, d_c_0, *(d_weights if need_weights else [])]
+
+
+def differentiable_backward(
+    d_y: Tensor,  # (T, B, D*P)
+    d_h_n: Tensor,  # (D, B, P)
+    d_c_n: Tensor,  # (D, B, H)
+    x: Tensor,  # (T, B, I)
+    h_0: Tensor,  # (D, B, P)
+    c_0: Tensor,  # (D, B, H)
+    weights: Sequence[Tensor],  # flat
+    lengths: Tensor | None,  # (B,)
+    steps: Sequence[reference.LSTMSteps] | None = None,  # one for each direction; None: computed again, differentiably
+) -> list[Tensor]:
+    """Gradients of x, h_0, c_0 and of the flat weights, through operations that autograd can differentiate again."""
+    P = h_0.shape[-1]
+    gradients = []
+    for k, w in enumerate(split_weights(weights, h_0.shape[0])):
+        inputs = (x, h_0[k], c_0[k], *w)
+        own = steps[k] if steps is not None else reference.lstm_forward(*inputs, lengths, k == 1)[3]
+        d_y_own = d_y[..., k * P : (k + 1) * P]
+        gradients.append(reference.lstm_backward(d_y_own, d_h_n[k], d_c_n[k], *inputs, own, lengths, k == 1))
+    d_x = gradients[0].x if len(gradients) == 1 else gradients[0].x + gradients[1].x
+    d_weights = [g for d in gradients for g in (d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr) if g is not None]
+    return [d_x, torch.stack([d.h_0 for d in gradients]), torch.stack([d.c_0 for d in gradients]), *d_weights]
+
+
+def or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient that autograd left out is zero."""
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _frozen_at(
+    first: Tensor,  # (B, P)
+    y: Tensor,  # (T, B, P)
+    lengths: Tensor | None,  # (B,)
+) -> Tensor:
+    if lengths is None:
+        return y
+    valid = torch.arange(y.shape[0], device=y.device)[:, None] < lengths[None, :]
+    return torch.where(valid[..., None], y, first)

@@ -1,0 +1,236 @@
+"""The layer as one operator: its two ways (eager, compiled) against the reference, and everything torch asks of it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tlstm_kernels import ArgumentError
+from tlstm_kernels.layer_op import LayerFunction, lstm_layer, lstm_layer_op
+from torch.autograd import gradcheck, gradgradcheck
+
+from tlstm.functional import LSTMOptions, lstm
+from tlstm.layer import LSTM
+
+T, B, I, H = 5, 3, 4, 7
+# name: D, P, bias, lengths
+CASES = {
+    "plain": (1, None, True, None),
+    "no bias": (1, None, False, None),
+    "both directions, lengths": (2, None, True, (5, 0, 2)),
+    "projection": (1, 3, True, None),
+    "projection, no bias, both directions, lengths": (2, 3, False, (1, 5, 0)),
+}
+
+
+def make_layer(case, dtype=torch.float32, steps=T):
+    """x, h_0, c_0, the flat weights, and lengths."""
+    D, P, bias, lengths = case
+    width = P or H
+    shapes = [(4 * H, I), (4 * H, width)] + [(4 * H,)] * (2 * bias) + [(P, H)] * (P is not None)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    weights = [draw(*shape) for _ in range(D) for shape in shapes]
+    lengths = None if lengths is None else torch.tensor(lengths).clamp(max=steps)
+    return draw(steps, B, I), draw(D, B, width), draw(D, B, H), weights, lengths
+
+
+def eager(keep, x, h_0, c_0, weights, lengths):
+    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *weights)[:3]
+
+
+def compiled(keep, x, h_0, c_0, weights, lengths):
+    return lstm_layer_op(x, h_0, c_0, weights, lengths, "reference", keep)[:3]
+
+
+def directions(x, h_0, c_0, weights, lengths):
+    """The same layer, one direction after another through `reference.lstm`."""
+    return lstm_layer(x, h_0, c_0, weights, lengths, backend="reference")
+
+
+def loss_of(outputs):
+    return sum((output * torch.linspace(-1, 2, output.numel()).view_as(output)).sum() for output in outputs)
+
+
+def results(way, layer):
+    outputs = way(*layer)
+    x, h_0, c_0, weights, _ = layer
+    return [*outputs, *torch.autograd.grad(loss_of(outputs), [x, h_0, c_0, *weights])]
+
+
+both_ways = pytest.mark.parametrize("way", [eager, compiled])
+both_keeps = pytest.mark.parametrize("keep", ["gates", "states"])
+
+
+@both_ways
+@both_keeps
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(way, keep, name):
+    layer = make_layer(CASES[name])
+    for actual, expected in zip(results(partial(way, keep), layer), results(directions, layer), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@both_keeps
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("steps", [0, T])
+def test_operator_checks(name, keep, steps):
+    layer = make_layer(CASES[name], steps=steps)
+    torch.library.opcheck(lstm_layer_op, (*layer, "reference", keep))
+
+
+def test_operator_checks_of_inference_and_of_the_gradient():
+    layer = [t.detach() if torch.is_tensor(t) else t for t in make_layer(CASES["both directions, lengths"])]
+    layer[3] = [w.detach() for w in layer[3]]
+    torch.library.opcheck(lstm_layer_op, (*layer, "reference", "nothing"))
+    x, h_0, c_0, weights, lengths = layer
+    y, h_n, c_n, gates, cells = lstm_layer_op(*layer, "reference", "gates")
+    for outer in ((y, h_n, c_n), (y, None, None), (None, None, c_n)):
+        for needs in ((True, True), (False, True), (True, False)):
+            arguments = (*outer, x, h_0, c_0, weights, y, gates, cells, lengths, "reference", *needs)
+            torch.library.opcheck(torch.ops.tlstm.lstm_layer_backward.default, arguments)
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["both directions, lengths", "projection"])
+def test_first_and_second_derivatives(way, name):
+    x, h_0, c_0, weights, lengths = make_layer(CASES[name], torch.float64, steps=2)
+
+    def function(x, h_0, c_0, *weights):
+        return way("gates", x, h_0, c_0, list(weights), None if lengths is None else lengths.clamp(max=2))
+
+    assert gradcheck(function, (x, h_0, c_0, *weights), fast_mode=True)
+    assert gradgradcheck(function, (x, h_0, c_0, *weights), fast_mode=True)
+
+
+@both_ways
+def test_gradients_that_nobody_asked_for_are_not_computed(way):
+    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    y, _, _ = way("gates", x.detach(), h_0.detach(), c_0.detach(), weights, None)
+    y.sum().backward()
+    assert all(w.grad is not None for w in weights)
+    frozen = [w.detach() for w in weights]
+    _, h_n, _ = way("gates", x, h_0.detach(), c_0, frozen, None)
+    h_n.sum().backward()
+    assert x.grad is not None
+    assert h_0.grad is None
+
+
+@both_ways
+@both_keeps
+def test_the_same_bits_at_every_run(way, keep):
+    layer = make_layer(CASES["both directions, lengths"])
+    first, second = (results(partial(way, keep), layer) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vmap_and_jacobians_of_the_eager_way():
+    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    weights = [w.detach() for w in weights]
+    many = torch.stack((x, 2 * x, -x)).detach()
+
+    def y_of(x):
+        return LayerFunction.apply(x, h_0.detach(), c_0.detach(), None, "reference", "gates", *weights)[0]
+
+    torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(x) for x in many]))
+    expected = torch.autograd.functional.jacobian(y_of, many[0])
+    torch.testing.assert_close(torch.func.jacrev(y_of)(many[0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_and_gives_gradients_in_the_weights_dtype(dtype):
+    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    with torch.autocast("cpu", dtype):
+        outputs = lstm_layer(x, h_0, c_0, weights, backend="reference")
+    expected = lstm_layer(*(t.to(dtype) for t in (x, h_0, c_0)), [w.to(dtype) for w in weights], backend="reference")
+    for actual, e in zip(outputs, expected, strict=True):
+        assert actual.dtype == dtype
+        assert torch.equal(actual, e)
+    outputs[0].float().sum().backward()
+    assert all(w.grad.dtype == torch.float32 for w in weights)
+    double = [t.detach().double() for t in (x, h_0, c_0)]
+    with torch.autocast("cpu", dtype):
+        assert lstm_layer(*double, [w.double() for w in weights], backend="reference")[0].dtype == torch.float64
+
+
+def count_and_run(sizes):
+    """A compiler that notes how many nodes each graph has."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def note(graph_module, _):
+        sizes.append(len(graph_module.graph.nodes))
+        return graph_module.forward
+
+    return aot_autograd(fw_compiler=note, bw_compiler=note)
+
+
+def test_compiled_function_is_one_small_graph():
+    weights = list(torch.nn.LSTM(I, H, 2, bidirectional=True).parameters())
+    x = torch.randn(65, B, I, requires_grad=True)
+    state = torch.randn(4, B, H), torch.randn(4, B, H)
+    options, sizes = LSTMOptions(num_layers=2, bidirectional=True), []
+
+    def function(x):
+        return lstm(torch.tanh(x), state, weights, options, backend="reference")[0].square().sum()
+
+    compiled_function = torch.compile(function, fullgraph=True, backend=count_and_run(sizes))
+    expected, actual = function(x), compiled_function(x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, x), torch.autograd.grad(expected, x))
+    assert len(sizes) == 2  # forward and backward
+    assert max(sizes) < 3 * 65
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_module_without_graph_breaks(backend):
+    module = LSTM(I, H, 2, batch_first=True, dropout=0.0, backend="reference")
+    x, lengths = torch.randn(B, T, I, requires_grad=True), torch.tensor((5, 0, 2))
+
+    def function(x, lengths):
+        return module(torch.tanh(x), lengths=lengths)[0].square()
+
+    # torch.compile leaves out every torch.nn.LSTM, and with it this subclass, unless told otherwise.
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled_function = torch.compile(function, fullgraph=True, backend=backend)
+        for steps in (T, 9):
+            longer = torch.randn(B, steps, I, requires_grad=True)
+            actual, expected = compiled_function(longer, lengths), function(longer, lengths)
+            torch.testing.assert_close(actual, expected)
+            parameters = [longer, *module.parameters()]
+            torch.testing.assert_close(
+                torch.autograd.grad(actual.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
+            )
+        with torch.no_grad():
+            torch.testing.assert_close(compiled_function(x, lengths), function(x, lengths))
+
+
+BAD_CALLS = {
+    "triton on a CPU": ({"backend": "triton"}, "expected tensors on a GPU; received them on cpu"),
+    "unknown backend": ({"backend": "native"}, "expected one of 'triton', 'reference'; received 'native'"),
+    "too few weights": ({"weights": lambda w: w[:1]}, r"2 to 5 weights.*and 1 weights"),
+    "wrong weight": ({"weights": lambda w: [w[0], w[0], *w[2:]]}, r"weights\[1\]: expected .* shape \(28, 7\)"),
+    "wrong state": ({"h_0": lambda h: h[..., :6]}, r"h_0: expected .* shape \(1, 3, 7\).*\(1, 3, 6\)"),
+    "wrong dtype": ({"c_0": lambda c: c.double()}, r"c_0: expected torch.float32.*received torch.float64"),
+    "wrong lengths": ({"lengths": torch.tensor((5, 2))}, r"lengths: expected shape \(3,\).*received shape \(2,\)"),
+    "no batch": ({"x": lambda x: x[:, 0]}, r"expected x \(T, B, I\).*received shapes \(5, 4\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_wrong_arguments(name):
+    changes, message = BAD_CALLS[name]
+    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    call = {"x": x, "h_0": h_0, "c_0": c_0, "weights": weights, "lengths": None, "backend": "reference"}
+    call |= {key: value(call[key]) if callable(value) else value for key, value in changes.items()}
+    with pytest.raises(ArgumentError, match=message):
+        lstm_layer(**call)
+
+
+def test_gradient_of_an_operator_that_kept_nothing_is_still_right():
+    layer = make_layer(CASES["plain"])
+    for actual, expected in zip(results(partial(compiled, "nothing"), layer), results(directions, layer), strict=True):
+        assert torch.equal(actual, expected)
