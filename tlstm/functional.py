@@ -29,8 +29,8 @@ from tlstm.functional_native import (
 )
 
 BACKENDS = ("auto", "triton", "native", "reference")
-# Whether `auto` means the kernels on a GPU that can run them. They have passed every test that needs no GPU, but none on
-# a GPU yet: to be switched on with the first recorded run of benchmarks/gpu_check.sh. Until then ask for them by name.
+# Whether `auto` means the kernels on a GPU that can run them. They pass every test that needs no GPU, but have met none
+# yet: to be switched on with the first recorded run of benchmarks/gpu_check.sh. Until then ask for them by name.
 TRITON_BY_DEFAULT = False
 # A backend is one of these: (x, hx, weights, options, lengths) -> y, (h_n, c_n).
 _Runner = Callable[[Tensor, State, Weights, LSTMOptions, Tensor | None], tuple[Tensor, State]]
