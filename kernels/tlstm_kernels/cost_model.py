@@ -67,7 +67,7 @@ def shared_memory_bytes(plan: LaunchPlan) -> int:
 def fits_registers(plan: LaunchPlan, gpu: GPU) -> bool:
     """Whether the compiler keeps everything in registers, 255 for each thread.
 
-    Rules read off the code that it makes for sm_80 and sm_90 (benchmarks/results/compiled); no formula for the number
+    Rules read off the code that it makes for four targets (benchmarks/results/compiled); no formula for the number
     of registers held over tiles that are multiplied by different instructions.
     """
     threads = 32 * plan.num_warps
@@ -82,16 +82,25 @@ def fits_registers(plan: LaunchPlan, gpu: GPU) -> bool:
     unrolled = 0 if plan.regime == "streamed" else plan.rows * plan.chunks / plan.num_warps
     if plan.rows > gpu.smallest_rows and (exact or plan.H % 16):
         return False  # rows that are not aligned are loaded in more and smaller pieces
+    if gpu.is_amd and plan.rows > 16:
+        return False
+    if gpu.is_amd and plan.dtype == "float32" and unrolled * plan.num_warps * plan.block_k > 8192:
+        return False
     if plan.kernel == "backward":
         largest, tile = (16, 1 << 17) if plan.H <= 1024 else (gpu.smallest_rows, 1 << 16)
+        if gpu.is_amd and plan.regime == "streamed":
+            tile = 1 << 15
         small = plan.rows <= largest and plan.units * plan.rows * plan.block_k <= tile
         return small and plan.num_warps == 8 and kept <= (96 if plan.H <= 1024 else 64) and unrolled <= 64
     if (plan.H % 16 and plan.units > 16) or (plan.H > 1024 and plan.block_k > 128):
         return False
     small = plan.rows <= 64 and plan.rows * plan.block_k / threads <= 32 and not (plan.units == 16 and plan.rows > 32)
+    if gpu.arch == "sm_100" and plan.units >= 16 and not exact:
+        # Results come from a memory of their own there, in tiles of 16 or more.
+        small = small and 16 <= plan.rows <= (16 if plan.regime == "streamed" else 64)
     if exact:
         small = small and plan.block_k <= 64 and plan.num_warps == 8 and 4 < plan.units <= 32
-    return small and kept <= 40 and unrolled <= 128
+    return small and kept <= 40 and unrolled <= 64
 
 
 def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
