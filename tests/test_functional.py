@@ -58,6 +58,14 @@ def test_auto_takes_triton_on_a_gpu_that_can_once_it_is_the_default(monkeypatch,
         assert reason in explain_backends("cuda:0")["triton"]
 
 
+def test_triton_is_refused_on_amd(monkeypatch):
+    monkeypatch.setattr(functional.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(functional.torch.version, "hip", "6.4")
+    monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(BackendUnavailableError, match=r"AMD.*coherent L2 cache"):
+        resolve_backend("triton", "cuda")
+
+
 @pytest.mark.parametrize("name", ["cudnn", "", None, 3])
 def test_unknown_backend(name):
     for call in (lambda: LSTM(5, 7, backend=name), lambda: resolve_backend(name, "cpu")):

@@ -140,8 +140,10 @@ def _why_no_triton(device_type: str | None, index: int | None) -> str | None:
         return f"its kernels need a GPU and the tensors are on {device_type}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    if torch.version.hip is not None:
+        return "on AMD GPUs its kernels have only been compiled: programs on different dies share no coherent L2 cache"
     capability = torch.cuda.get_device_capability(index)
-    if torch.version.hip is None and capability < (8, 0):
+    if capability < (8, 0):
         return f"its kernels need compute capability 8.0 or newer and this GPU has {capability[0]}.{capability[1]}"
     return None
 
