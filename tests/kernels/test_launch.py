@@ -81,10 +81,18 @@ def draw(case, dtype=torch.float32):
     return inputs, weights, None if lengths is None else torch.tensor(lengths), [d.to(dtype) for d in outer]
 
 
-def run(module, inputs, weights, lengths, outer, keep):
-    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep)
+def run(module, inputs, weights, lengths, outer, keep, resets=(None, None, None)):
+    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep, *resets)
     saved = (outputs[0], gates, cells, lengths)
-    return outputs + module.backward(*outer, *inputs, weights, *saved, True, True)
+    return outputs + module.backward(*outer, *inputs, weights, *saved, True, True, *resets)
+
+
+def draw_resets(case, to_a_state):
+    """A mask, over the padding too, with a row that resets at every step and one that never does; and the state."""
+    (T, B, _, H, D), *_ = case
+    mask = torch.randint(0, 2, (T, B)) * 3
+    mask[:, 0], mask[:, -1] = 1, 0
+    return mask, *((torch.randn(D, B, H), torch.randn(D, B, H)) if to_a_state else (None, None))
 
 
 @pytest.mark.parametrize("keep", ["gates", "states"])
@@ -100,6 +108,26 @@ def test_equals_the_reference(gpu, name, keep):
     for a, e in zip(actual, expected, strict=True):
         # float32 sums of up to T * B = 57 terms of size 1 in another order
         torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("keep", ["gates", "states"])
+@pytest.mark.parametrize("to_a_state", [False, True])
+@pytest.mark.parametrize("name", ["single", "streamed", "directions one by one", "lengths", "launches with lengths"])
+def test_resets_equal_the_reference(gpu, name, to_a_state, keep):
+    inputs, weights, lengths, outer = draw(CASES[name])
+    mask, *state = draw_resets(CASES[name], to_a_state)
+    expected = run(layer_reference, inputs, weights, lengths, outer, keep, (mask, *state))
+    *_, pins, grids = CASES[name]
+    with launch_options(*pins):
+        for resets in (mask, mask != 0, (mask != 0).t().contiguous().t()):
+            gpu.clear()
+            actual = run(launch, inputs, weights, lengths, outer, keep, (resets, *state))
+            assert gpu == grids
+            assert len(actual) == len(expected) == 6 + len(weights) + 2 * to_a_state
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)  # as above
+            if name != "lengths":
+                break  # the forms of a mask once
 
 
 def test_half_types_keep_half_gates(gpu):
