@@ -146,6 +146,39 @@ def test_half_types_keep_half_gates(gpu):
         assert (a.double() - e).norm() <= 8 * torch.finfo(torch.float16).eps * e.norm()
 
 
+def test_half_types_reset_to_a_half_state(gpu):
+    dtype = torch.float16
+    inputs, weights, lengths, outer = draw(CASES["both directions in one launch"], dtype)
+    mask, *state = draw_resets(CASES["both directions in one launch"], to_a_state=True)
+    state = [s.to(dtype) for s in state]
+    with launch_options(*SMALL):
+        actual = run(launch, inputs, weights, lengths, outer, "gates", (mask, *state))
+    exact = [[t.double() for t in group] for group in (inputs, weights, outer, state)]
+    expected = run(layer_reference, exact[0], exact[1], lengths, exact[2], "gates", (mask, *exact[3]))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        # As above: rounded at each of 3 steps, x_proj, h and the gates, and the result.
+        assert (a.double() - e).norm() <= 8 * torch.finfo(dtype).eps * e.norm()
+
+
+def test_nothing_crosses_a_reset(gpu):
+    """NaN before a reset reaches neither what comes after it nor the gradients from there."""
+    inputs, weights, lengths, outer = draw(CASES["persistent"])
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 2] = True
+    dirty = [t.clone() for t in inputs]
+    dirty[0][0, 2], dirty[1][:, 2] = torch.nan, torch.nan
+    with launch_options(*SMALL):
+        for keep in ("gates", "states"):
+            clean = run(launch, inputs, weights, lengths, outer, keep, (mask, None, None))
+            y, h_n, c_n, d_x, *_ = run(launch, dirty, weights, lengths, outer, keep, (mask, None, None))
+            assert y[0, 2].isnan().all()
+            assert torch.equal(y[1:], clean[0][1:])
+            assert torch.equal(h_n, clean[1])
+            assert torch.equal(c_n, clean[2])
+            assert torch.equal(d_x[1:], clean[3][1:])
+
+
 def test_padding_is_never_read(gpu):
     inputs, weights, lengths, outer = draw(CASES["lengths"])
     poisoned = inputs[0].clone()

@@ -141,6 +141,16 @@ def test_the_same_bits_at_every_run(way, keep):
         assert torch.equal(a, b)
 
 
+def test_vmap_over_the_resets_of_the_eager_way():
+    x, h_0, c_0, weights, _, resets, *_ = make_layer(CASES["resets to zero"])
+    many = torch.stack((resets, ~resets, torch.ones_like(resets)))
+
+    def y_of(resets):
+        return eager("gates", x, h_0, c_0, weights, None, resets, None, None)[0]
+
+    torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(mask) for mask in many]))
+
+
 def test_vmap_and_jacobians_of_the_eager_way():
     x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
     weights = [w.detach() for w in weights]
@@ -154,6 +164,21 @@ def test_vmap_and_jacobians_of_the_eager_way():
     torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(x) for x in many]))
     expected = torch.autograd.functional.jacobian(y_of, many[0])
     torch.testing.assert_close(torch.func.jacrev(y_of)(many[0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_state_after_a_reset(dtype):
+    x, h_0, c_0, weights, _, resets, *given = make_layer(
+        CASES["resets to a state, projection, both directions, lengths"]
+    )
+    with torch.autocast("cpu", dtype):
+        outputs = lstm_layer(x, h_0, c_0, weights, None, resets, *given, backend="reference")
+    x, h_0, c_0, h_reset, c_reset, *weights = (t.to(dtype) for t in (x, h_0, c_0, *given, *weights))
+    expected = lstm_layer(x, h_0, c_0, weights, None, resets, h_reset, c_reset, backend="reference")
+    for actual, e in zip(outputs, expected, strict=True):
+        assert torch.equal(actual, e)
+    outputs[0].float().sum().backward()
+    assert all(state.grad.dtype == torch.float32 for state in given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
