@@ -11,6 +11,7 @@ from tlstm_kernels.checks import (
     check_input,
     check_lengths,
     check_probability,
+    check_resets,
     check_state,
 )
 from torch import Tensor
@@ -101,6 +102,7 @@ class LSTM(torch.nn.LSTM):
         hx: tuple[Tensor, Tensor] | None = None,  # h_0 (L*D, B, P), c_0 (L*D, B, H); without B for unbatched input
         *,
         lengths: Tensor | None = None,  # (B,) integer, 0..T
+        resets: Tensor | None = None,  # (T, B), or (B, T) with batch_first; bool or integer
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; arguments and results as in `torch.nn.LSTM`, with P = proj_size or H, D directions, L layers.
 
@@ -111,6 +113,11 @@ class LSTM(torch.nn.LSTM):
                 output past them is zero, as with a PackedSequence, but rows may be empty (their state passes through
                 unchanged) and in any order. For the native backend a tensor on the CPU avoids a synchronisation with
                 the GPU; the triton backend takes it from either, and clamps values on a GPU to 0..T unchecked.
+            resets: for a batch of streams in which episodes end and begin (reinforcement learning), not zero at the
+                first step of each new episode: there the state of every layer is zero before the step, and no gradient
+                passes to the steps before. hx is the state before the first step, unless that resets too. Past a
+                row's length it has no effect. Not for a bidirectional layer. The native backend waits for the GPU if
+                the tensor is there, and runs each piece between resets as a row of its own, in one packed batch.
 
         An empty sequence (T = 0), which torch.nn.LSTM refuses, gives an empty output and the unchanged state.
 
@@ -120,6 +127,11 @@ class LSTM(torch.nn.LSTM):
         self._update_flat_weights()
         weights = self._weights()
         if isinstance(input, PackedSequence):
+            if resets is not None:
+                raise ArgumentError(
+                    "resets: expected None with a PackedSequence, which has no (time, batch) to mark; received both. "
+                    "Pass a padded batch (torch.nn.utils.rnn.pad_packed_sequence) with lengths and resets."
+                )
             if lengths is not None:
                 raise ArgumentError(
                     "lengths: expected None with a PackedSequence, which has its own; received both. Pass only one."
@@ -134,19 +146,27 @@ class LSTM(torch.nn.LSTM):
                     "lengths: expected None for an unbatched input; received lengths and an input of shape "
                     f"{tuple(input.shape)}. Cut the input instead, or add a batch dimension."
                 )
+            if resets is not None:
+                raise ArgumentError(
+                    "resets: expected None for an unbatched input; received resets and an input of shape "
+                    f"{tuple(input.shape)}. Add a batch dimension to both: input.unsqueeze(1), resets.unsqueeze(1)."
+                )
             x = input.unsqueeze(1)
         else:
             x = input.transpose(0, 1) if self.batch_first else input
         B = x.size(1)
         if lengths is not None:
             check_lengths(lengths, B, x.size(0))
+        if resets is not None:
+            check_resets(resets, tuple(input.shape[:2]), "(batch, time)" if self.batch_first else "(time, batch)")
+            resets = resets.transpose(0, 1) if self.batch_first else resets
 
         if hx is None:
             state = self._zero_state(x, B)
         else:
             check_state(hx, *self._state_shapes(B if batched else None), weights[0])
             state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        y, (h_n, c_n) = lstm(x, state, weights, self._options(), lengths, self._backend)
+        y, (h_n, c_n) = lstm(x, state, weights, self._options(), lengths, self._backend, resets)
         if not batched:
             return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)

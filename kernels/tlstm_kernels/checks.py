@@ -100,6 +100,27 @@ def check_lengths(
         )
 
 
+def check_resets(
+    resets: Any,  # (T, B) bool or integer, or (B, T)
+    expected: tuple[int, ...],
+    order: str,
+) -> None:
+    """Check the kind, dtype and shape of a reset mask. Looks at no values."""
+    if not isinstance(resets, Tensor):
+        raise ArgumentError(
+            f"resets: expected a bool or integer tensor of shape {expected}; received {_describe(resets)}."
+        )
+    if resets.dtype.is_floating_point or resets.dtype.is_complex:
+        raise ArgumentError(
+            f"resets: expected a bool or integer tensor; received {resets.dtype}. Convert it: resets != 0."
+        )
+    if tuple(resets.shape) != expected:
+        raise ArgumentError(
+            f"resets: expected shape {expected}, {order} as the input's, one entry for each step of each row; "
+            f"received {tuple(resets.shape)}."
+        )
+
+
 def check_layer(
     x: Tensor,  # (T, B, I)
     h_0: Tensor,  # (D, B, P)
@@ -107,6 +128,9 @@ def check_layer(
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
     backend: str,
+    resets: Tensor | None = None,  # (T, B)
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
 ) -> None:
     """Check what one layer is called with: the kernels read memory by these shapes. Looks at no values."""
     check_choice("backend", backend, ("triton", "reference"))
@@ -138,6 +162,16 @@ def check_layer(
         "c_0": (c_0, (D, B, H)),
         **{f"weights[{k}]": (w, shapes[k % n]) for k, w in enumerate(weights)},
     }
+    if (h_reset is None) != (c_reset is None) or (h_reset is not None and resets is None):
+        received = [
+            name for name, t in (("resets", resets), ("h_reset", h_reset), ("c_reset", c_reset)) if t is not None
+        ]
+        raise ArgumentError(
+            "h_reset and c_reset: expected both or none of them, and the resets that put them in place; received "
+            f"{' and '.join(received)} only. Leave both out to reset to zero."
+        )
+    if h_reset is not None and c_reset is not None:
+        expected |= {"h_reset": (h_reset, expected["h_0"][1]), "c_reset": (c_reset, expected["c_0"][1])}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
             raise ArgumentError(
@@ -149,6 +183,13 @@ def check_layer(
             f"lengths: expected shape ({B},) on {x.device}, one length for each row; received shape "
             f"{tuple(lengths.shape)} on {lengths.device}."
         )
+    if resets is not None:
+        check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
+        if resets.device != x.device:
+            raise ArgumentError(
+                f"resets: expected a tensor on {x.device}, as x is; received one on {resets.device}. "
+                f"Move it: resets.to({str(x.device)!r})."
+            )
 
 
 def _check_one_state(name: str, state: Any, expected: tuple[int, ...], weight: Tensor) -> None:

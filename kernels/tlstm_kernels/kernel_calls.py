@@ -89,6 +89,9 @@ def forward_kernel(
     lengths: Tensor | None,  # (B,) contiguous
     keep: str,  # "gates", "states" or "nothing"
     reverse: bool,  # whether the first direction reads from the end
+    resets: Tensor | None = None,  # (T, B) int8 contiguous
+    h_reset: Tensor | None = None,  # (D, B, H) contiguous
+    c_reset: Tensor | None = None,  # (D, B, H) contiguous
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*H), h_n, c_n (D, B, H), gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
     (T, B, _), (D, _, H) = x_proj.shape, c_0.shape
@@ -98,14 +101,16 @@ def forward_kernel(
     h_n, c_n = [], []
     for launch in _launches(plan, B, D, reverse):
         rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
-        outs = [torch.empty_like(s if whole else s[:, rows], memory_format=torch.contiguous_format) for s in (h_0, c_0)]
+        states = [state if whole else state[:, rows].contiguous() for state in (h_0, c_0)]
+        outs = [torch.empty_like(state) for state in states]
         errors = _errors(launch, x_proj)
         _run(
             persistent_forward_kernel, plan, launch, errors,
-            _from_row(x_proj, rows), w_hh, _rows_of(h_0, rows, whole), _rows_of(c_0, rows, whole), _from_row(y, rows),
-            *outs, _from_row(gates, rows) if keep == "gates" else None,
-            _from_row(cells, rows) if keep != "nothing" else None, None if lengths is None else lengths[rows],
-            None, None, None, errors, T, rows.stop - rows.start, B, 1, H, 1, D,
+            _from_row(x_proj, rows), w_hh, *states, _from_row(y, rows), *outs,
+            _from_row(gates, rows) if keep == "gates" else None, _from_row(cells, rows) if keep != "nothing" else None,
+            None if lengths is None else lengths[rows],
+            *(_rows_of(tensor, rows, whole) for tensor in (resets, h_reset, c_reset)), errors, T,
+            rows.stop - rows.start, B, 1, H, 1, D,
         )  # fmt: skip
         h_n.append(outs[0])
         c_n.append(outs[1])
@@ -124,26 +129,33 @@ def backward_kernel(
     lengths: Tensor | None,  # (B,)
     pre_activation: bool,  # what gates holds: before (True) or after the activation
     reverse: bool,  # whether the first direction read from the end
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns d_gates (T, B, D*4H) of the pre-activations, d_h_0 and d_c_0 (D, B, H)."""
+    resets: Tensor | None = None,  # (T, B) int8
+    c_reset: Tensor | None = None,  # (D, B, H)
+) -> list[Tensor]:
+    """Returns d_gates (T, B, D*4H) of the pre-activations, and d_h_0, d_c_0 and, if c_reset is given, d_h_reset and
+    d_c_reset (D, B, H).
+    """
     T, B, D, H = cells.shape
     d_gates = _exchanged((T, B, D * 4 * H), gates, plan)
-    d_h_0, d_c_0 = [], []
+    d_states: list[list[Tensor]] = []
     for launch in _launches(plan, B, D, reverse):
         rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
-        outs = [c_0.new_empty(D, rows.stop - rows.start, H) for _ in range(2)]
+        shape = (D, rows.stop - rows.start, H)
+        outs = [c_0.new_empty(shape) for _ in range(2)]
+        # Sums over all resets, and therefore in float32.
+        outs += [c_0.new_empty(shape, dtype=torch.float32) for _ in range(0 if c_reset is None else 2)]
         errors = _errors(launch, c_0)
         _run(
             persistent_backward_kernel, plan, launch, errors,
             None if d_y is None else _from_row(d_y, rows),
-            *(None if state is None else _rows_of(state, rows, whole) for state in (d_h_n, d_c_n)), None,
+            *(_rows_of(state, rows, whole) for state in (d_h_n, d_c_n)), None,
             w_hh, _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
-            _from_row(d_gates, rows), *outs, None if lengths is None else lengths[rows], None, None, None, None, errors,
-            T, rows.stop - rows.start, B, 1, H, 1, D, PRE_ACTIVATION=int(pre_activation),
+            _from_row(d_gates, rows), *outs[:2], None if lengths is None else lengths[rows],
+            _rows_of(resets, rows, whole), _rows_of(c_reset, rows, whole), *(outs[2:] or (None, None)), errors, T,
+            rows.stop - rows.start, B, 1, H, 1, D, PRE_ACTIVATION=int(pre_activation),
         )  # fmt: skip
-        d_h_0.append(outs[0])
-        d_c_0.append(outs[1])
-    return d_gates, _joined(d_h_0), _joined(d_c_0)
+        d_states.append(outs)
+    return [d_gates, *(_joined(list(parts)).to(c_0.dtype) for parts in zip(*d_states, strict=True))]
 
 
 def constants(plan: LaunchPlan) -> dict[str, Any]:
@@ -228,8 +240,9 @@ def _from_row(tensor: Tensor, rows: slice) -> Tensor:
     return tensor[:, rows] if rows.start else tensor
 
 
-def _rows_of(state: Tensor, rows: slice, whole: bool) -> Tensor:
-    return state if whole else state[:, rows].contiguous()
+def _rows_of(tensor: Tensor | None, rows: slice, whole: bool) -> Tensor | None:
+    """These rows of the batch, of a tensor whose second dimension it is."""
+    return tensor if tensor is None or whole else tensor[:, rows].contiguous()
 
 
 def _joined(states: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from . import layer_reference
 from .kernel_calls import backward_kernel, forward_kernel, with_plan
 from .launch_plan import LaunchPlan
 from .layer_weights import DirectionWeights, split_weights, weight_kinds
+from .positions import replaced, reset_positions, state_before, valid_positions, zero_padding
 
 
 def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -30,12 +31,15 @@ def forward(
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
     keep: str,  # "gates", "states" or "nothing": what the backward pass will be given
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
 
     def run(plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if plan.regime == "per_step":
-            results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep)
+            results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
             gates_dtype, cells_dtype = kept_dtypes(x.dtype)
             return *results[:3], results[3].to(gates_dtype), results[4].to(cells_dtype)
         split = split_weights(weights, h_0.shape[0])
@@ -49,6 +53,9 @@ def forward(
                 _clamped(lengths, x.shape[0]),
                 keep,
                 reverse=ks.start == 1,
+                resets=_mask(resets),
+                h_reset=None if h_reset is None else h_reset[ks].contiguous(),
+                c_reset=None if c_reset is None else c_reset[ks].contiguous(),
             )
             for ks in _direction_sets(plan)
         ]
@@ -77,15 +84,23 @@ def backward(
     lengths: Tensor | None,  # (B,)
     need_x: bool,
     need_weights: bool,
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
 ) -> list[Tensor]:
-    """Gradients of x (empty if not needed), h_0, c_0, and of the flat weights (none if not needed)."""
+    """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
+    (none if not needed).
+    """
 
     def run(plan: LaunchPlan) -> list[Tensor]:
         if plan.regime == "per_step":
             inputs = (x, h_0, c_0, weights, y, gates, cells, lengths)
-            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights)
+            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights, resets, h_reset, c_reset)
         split = split_weights(weights, h_0.shape[0])
         ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
+        h_before = []
+        if need_weights or not gates.numel():
+            h_before = [_h_before(h_0, y, ends, k, resets, h_reset) for k in range(len(split))]
         apart = [
             backward_kernel(
                 plan,
@@ -93,21 +108,23 @@ def backward(
                 None if d_h_n is None else d_h_n[ks].contiguous(),
                 None if d_c_n is None else d_c_n[ks].contiguous(),
                 _stacked(split[ks]),
-                gates[:, :, ks].contiguous() if gates.numel() else _pre_activations(x, h_0, split, y, ends, ks),
+                gates[:, :, ks].contiguous() if gates.numel() else _pre_activations(x, h_before, split, ks),
                 cells[:, :, ks].contiguous(),
                 c_0[ks].contiguous(),
                 ends,
                 pre_activation=not gates.numel(),
                 reverse=ks.start == 1,
+                resets=_mask(resets),
+                c_reset=None if c_reset is None else c_reset[ks].contiguous(),
             )
             for ks in _direction_sets(plan)
         ]
-        d_gates, d_h_0, d_c_0 = apart[0]
+        d_gates, *d_states = apart[0]
         if len(apart) > 1:
-            d_gates, d_h_0, d_c_0 = (torch.cat(p, d) for p, d in zip(zip(*apart, strict=True), (-1, 0, 0), strict=True))
+            d_gates, *d_states = (torch.cat(p, 0 if n else -1) for n, p in enumerate(zip(*apart, strict=True)))
         d_x = d_gates @ _joined([w.w_ih for w in split]) if need_x else x.new_empty(0)
-        d_weights = _weight_gradients(d_gates, x, h_0, y, split, ends) if need_weights else []
-        return [d_x, d_h_0, d_c_0, *d_weights]
+        d_weights = _weight_gradients(d_gates, x, h_before, split, ends) if need_weights else []
+        return [d_x, *d_states, *d_weights]
 
     with torch.no_grad(), torch.cuda.device_of(x):
         return with_plan("backward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
@@ -128,10 +145,8 @@ def _input_projection(x: Tensor, split: Sequence[DirectionWeights]) -> Tensor:
 
 def _pre_activations(
     x: Tensor,  # (T, B, I)
-    h_0: Tensor,  # (D, B, H)
+    h_before: Sequence[Tensor],  # (T, B, H) of each direction
     split: Sequence[DirectionWeights],
-    y: Tensor,  # (T, B, D*H)
-    lengths: Tensor | None,
     directions: slice,
 ) -> Tensor:
     """(T, B, n, 4H): all gates of all steps before their activation, which need no recurrence once y is known."""
@@ -141,26 +156,24 @@ def _pre_activations(
     width = gates.shape[-1] // len(own)
     for n, k in enumerate(range(directions.start, directions.stop)):
         rows = gates.view(T * B, -1)[:, n * width : (n + 1) * width]
-        rows.addmm_(_h_before(h_0, y, lengths, k).flatten(0, 1), own[n].w_hh.T)
+        rows.addmm_(h_before[k].flatten(0, 1), own[n].w_hh.T)
     return gates.view(T, B, len(own), width)
 
 
 def _weight_gradients(
     d_gates: Tensor,  # (T, B, D*4H)
     x: Tensor,  # (T, B, I)
-    h_0: Tensor,  # (D, B, H)
-    y: Tensor,  # (T, B, D*H)
+    h_before: Sequence[Tensor],  # (T, B, H) of each direction
     split: Sequence[DirectionWeights],
     lengths: Tensor | None,
 ) -> list[Tensor]:
     rows = d_gates.flatten(0, 1)
     if lengths is not None:
         # d_gates is zero past a row's length, but zero times what x may hold there need not be.
-        valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths[None, :]
-        x = x.masked_fill(~valid[..., None], 0)
+        x = zero_padding(x, valid_positions(lengths, x.shape[0]))
     gradients: list[Tensor] = []
     for k, own in enumerate(rows.chunk(len(split), dim=1)):
-        gradients += [own.T @ x.flatten(0, 1), own.T @ _h_before(h_0, y, lengths, k).flatten(0, 1)]
+        gradients += [own.T @ x.flatten(0, 1), own.T @ h_before[k].flatten(0, 1)]
         if split[k].b_ih is not None:
             gradients += [own.sum(0)] * 2
     return gradients
@@ -171,17 +184,20 @@ def _h_before(
     y: Tensor,  # (T, B, D*H)
     lengths: Tensor | None,  # (B,)
     direction: int,
+    resets: Tensor | None,  # (T, B)
+    h_reset: Tensor | None,  # (D, B, H)
 ) -> Tensor:
     """(T, B, H): the h that each step of one direction started from."""
     H, first = h_0.shape[-1], h_0[direction]
     h = y[..., direction * H : (direction + 1) * H]
-    if direction == 0:
-        return torch.cat((first[None], h[:-1]))
-    h = torch.cat((h[1:], first[None]))
-    if lengths is not None:
+    before = state_before(first, h, direction == 1)
+    if direction == 1 and lengths is not None:
         # Read from its end, a row starts at its own last step. (A row without steps has no gradient to spoil.)
-        h[(lengths - 1).clamp(min=0), torch.arange(h.shape[1], device=h.device)] = first
-    return h
+        before[(lengths - 1).clamp(min=0), torch.arange(h.shape[1], device=h.device)] = first
+    reset = reset_positions(resets, valid_positions(lengths, h.shape[0]))
+    if reset is None:
+        return before
+    return replaced(before, reset, None if h_reset is None else h_reset[direction])
 
 
 def _stacked(split: Sequence[DirectionWeights]) -> Tensor:
@@ -192,6 +208,11 @@ def _stacked(split: Sequence[DirectionWeights]) -> Tensor:
 def _joined(tensors: Sequence[Tensor | None]) -> Tensor:
     present = [tensor for tensor in tensors if tensor is not None]
     return present[0] if len(present) == 1 else torch.cat(present)
+
+
+def _mask(resets: Tensor | None) -> Tensor | None:
+    """As the kernels read it: int8, whatever the dtype given."""
+    return None if resets is None else resets.bool().contiguous().view(torch.int8)
 
 
 def _clamped(lengths: Tensor | None, T: int) -> Tensor | None:

@@ -35,6 +35,9 @@ def lstm_layer(
     c_0: Tensor,  # (D, B, H)
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None = None,  # (B,) integer, 0..T
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
     *,
     backend: str = "triton",
     recompute: bool = False,
@@ -43,6 +46,11 @@ def lstm_layer(
 
     The number of directions is that of `h_0`; the second one reads the sequence from its end. Under autocast the
     arguments are cast to its dtype, float64 excepted.
+
+    Where `resets[t, b]` is not zero, row b's state is replaced before step t by `h_reset` and `c_reset` (both or none
+    of them; zero if None). Each direction does so before step t in its own order of reading: the second one, which
+    comes from step t + 1, forgets that step and those after it, while the first one forgets those before t. A reset
+    past the row's length has no effect.
 
     Args:
         backend: "triton" (tensors on a GPU) or "reference".
@@ -60,28 +68,35 @@ def lstm_layer(
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
-            return lstm_layer(x, h_0, c_0, weights, lengths, backend=backend, recompute=recompute)
-    check_layer(x, h_0, c_0, weights, lengths, backend)
+            anew = (resets, *(None if state is None else state.to(dtype) for state in (h_reset, c_reset)))
+            return lstm_layer(x, h_0, c_0, weights, lengths, *anew, backend=backend, recompute=recompute)
+    check_layer(x, h_0, c_0, weights, lengths, backend, resets, h_reset, c_reset)
 
+    given = () if h_reset is None or c_reset is None else (h_reset, c_reset)
     keep = "nothing"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *weights)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *given, *weights)):
         keep = "states" if recompute else "gates"
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if backend == "reference" and not traced:
-        return _reference_layer(x, h_0, c_0, weights, lengths)
+        return _reference_layer(x, h_0, c_0, weights, lengths, resets, h_reset, c_reset)
     if traced or type(x) not in _PLAIN_TENSORS:
-        results = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep)
+        results = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep, resets, h_reset, c_reset)
     else:
-        results = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, *weights)
+        results = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, resets, h_reset, c_reset, *weights)
     return results[0], results[1], results[2]
 
 
 def _reference_layer(
-    x: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor | None
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    lengths: Tensor | None,
+    *resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every transform of torch.func and torch.export goes through this one; torch.compile would unroll it over time."""
     results = [
-        reference.lstm(x, h_0[k], c_0[k], *w, lengths, k == 1)
+        reference.lstm(x, h_0[k], c_0[k], *w, lengths, k == 1, *layer_reference.resets_of(k, *resets))
         for k, w in enumerate(split_weights(weights, h_0.shape[0]))
     ]
     y, h_n, c_n = zip(*results, strict=True)
@@ -97,19 +112,21 @@ class LayerFunction(torch.autograd.Function):
     """The eager way."""
 
     @staticmethod
-    def forward(x, h_0, c_0, lengths, backend, keep, *weights):
-        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep)
+    def forward(x, h_0, c_0, lengths, backend, keep, resets, h_reset, c_reset, *weights):
+        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h_0, c_0, lengths, ctx.backend, _, *weights = inputs
-        _save(ctx, x, h_0, c_0, weights, lengths, output)
+        x, h_0, c_0, lengths, ctx.backend, _, resets, h_reset, c_reset, *weights = inputs
+        _save(ctx, x, h_0, c_0, weights, lengths, (resets, h_reset, c_reset), output)
 
     @staticmethod
     def backward(ctx, d_y, d_h_n, d_c_n, *_):
         needs = ctx.needs_input_grad
-        d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[6:]))
-        return d_x if needs[0] else None, d_h_0, d_c_0, None, None, None, *(d_weights or (None,) * (len(needs) - 6))
+        d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[9:]))
+        d_x, d_h_0, d_c_0, *d_reset_state = d_states
+        d_weights = d_weights or (None,) * (len(needs) - 9)
+        return d_x, d_h_0, d_c_0, None, None, None, None, *d_reset_state, *d_weights
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -131,13 +148,16 @@ def lstm_layer_op(
     lengths: Tensor | None,
     backend: str,
     keep: str,
+    resets: Tensor | None,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The compiled way; arguments as in `layer_reference.forward`."""
-    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep)
+    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
 
 
 @lstm_layer_op.register_fake
-def _(x, h_0, c_0, weights, lengths, backend, keep):
+def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset):
     T, B, _ = x.shape
     D, _, P = h_0.shape
     H = c_0.shape[-1]
@@ -163,10 +183,14 @@ def lstm_layer_backward_op(
     backend: str,
     need_x: bool,
     need_weights: bool,
+    resets: Tensor | None,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of x (empty if not needed), h_0, c_0, and of the weights (none if not needed)."""
+    """Arguments and results as in `layer_reference.backward`."""
+    saved, needs = (y, gates, cells, lengths), (need_x, need_weights)
     gradients = _implementation(backend).backward(
-        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, need_x, need_weights
+        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, *saved, *needs, resets, h_reset, c_reset
     )
     # The two biases have one gradient, and an operator may not return a tensor twice.
     first = {id(g): n for n, g in reversed(list(enumerate(gradients)))}
@@ -174,52 +198,53 @@ def lstm_layer_backward_op(
 
 
 @lstm_layer_backward_op.register_fake
-def _(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, backend, need_x, need_weights):
-    d_weights = [w.new_empty(w.shape) for w in weights] if need_weights else []
-    return [x.new_empty(x.shape if need_x else (0,)), h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), *d_weights]
+def _(
+    d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, backend, need_x, need_weights,
+    resets, h_reset, c_reset,
+):  # fmt: skip
+    like = [h_0, c_0, *(() if h_reset is None else (h_reset, c_reset)), *(weights if need_weights else ())]
+    return [x.new_empty(x.shape if need_x else (0,)), *(tensor.new_empty(tensor.shape) for tensor in like)]
 
 
 def _setup_op_context(ctx, inputs, output):
-    x, h_0, c_0, weights, lengths, ctx.backend, _ = inputs
-    _save(ctx, x, h_0, c_0, weights, lengths, output)
+    x, h_0, c_0, weights, lengths, ctx.backend, _, *resets = inputs
+    _save(ctx, x, h_0, c_0, weights, lengths, resets, output)
 
 
 def _op_backward(ctx, d_y, d_h_n, d_c_n, *_):
     needs = ctx.needs_input_grad
-    need_weights = any(needs[3])
-    d_x, d_h_0, d_c_0, *d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], need_weights)
-    return (
-        d_x if needs[0] else None,
-        d_h_0,
-        d_c_0,
-        d_weights if need_weights else [None] * len(needs[3]),
-        None,
-        None,
-        None,
-    )
+    d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[3]))
+    d_x, d_h_0, d_c_0, *d_reset_state = d_states
+    return d_x, d_h_0, d_c_0, d_weights or [None] * len(needs[3]), None, None, None, None, *d_reset_state
 
 
 lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
 
 
-def _save(ctx, x, h_0, c_0, weights, lengths, output):
+def _save(ctx, x, h_0, c_0, weights, lengths, resets, output):
     # Autograd runs the backward pass in a thread of its own, where the caller's options are not in force.
     ctx.launch_options = current_options()
     y, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *weights)
+    ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *resets, *weights)
 
 
 def _gradients(ctx, d_y, d_h_n, d_c_n, need_x, need_weights):
-    x, h_0, c_0, lengths, y, gates, cells, *weights = ctx.saved_tensors
+    """Gradients of x, h_0, c_0, h_reset and c_reset, None where there are none, and of the weights if needed."""
+    x, h_0, c_0, lengths, y, gates, cells, resets, h_reset, c_reset, *weights = ctx.saved_tensors
+    anew = (resets, h_reset, c_reset)
+    arguments = (d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths)
     if torch.is_grad_enabled():
         # Second derivatives were asked for. What was kept is constant to autograd: compute it again from the inputs.
         outer = (or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0))
-        inputs = (x, h_0, c_0, weights, lengths)
-        return layer_reference.differentiable_backward(*outer, *inputs)
-    arguments = (d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths)
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
-        return lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights)
-    with applied(ctx.launch_options):
-        return _implementation(ctx.backend).backward(*arguments, need_x, need_weights)
+        gradients = layer_reference.differentiable_backward(*outer, x, h_0, c_0, weights, lengths, *anew)
+    elif torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
+        gradients = lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights, *anew)
+    else:
+        with applied(ctx.launch_options):
+            gradients = _implementation(ctx.backend).backward(*arguments, need_x, need_weights, *anew)
+    d_x, d_h_0, d_c_0, *rest = gradients
+    states = 0 if h_reset is None else 2
+    d_reset_state = rest[:states] if states else (None, None)
+    return (d_x if need_x else None, d_h_0, d_c_0, *d_reset_state), rest[states:] if need_weights else []

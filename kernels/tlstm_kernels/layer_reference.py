@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .layer_weights import split_weights
+from .positions import valid_positions
 
 
 def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -26,11 +27,17 @@ def forward(
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
     keep: str,  # "gates", "states" or "nothing": what the backward pass will be given
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
     with torch.no_grad():
         split = split_weights(weights, h_0.shape[0])
-        results = [reference.lstm_forward(x, h_0[k], c_0[k], *w, lengths, k == 1) for k, w in enumerate(split)]
+        results = [
+            reference.lstm_forward(x, h_0[k], c_0[k], *w, lengths, k == 1, *resets_of(k, resets, h_reset, c_reset))
+            for k, w in enumerate(split)
+        ]
         y, h_n, c_n, steps = zip(*results, strict=True)
         gates, cells = (x.new_empty(0, dtype=dtype) for dtype in kept_dtypes(x.dtype))
         if keep == "gates":
@@ -54,8 +61,13 @@ def backward(
     lengths: Tensor | None,  # (B,)
     need_x: bool,
     need_weights: bool,
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
 ) -> list[Tensor]:
-    """Gradients of x (empty if not needed), h_0, c_0, and of the flat weights (none if not needed)."""
+    """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
+    (none if not needed).
+    """
     P = h_0.shape[-1]
     with torch.no_grad():
         steps = None
@@ -67,8 +79,12 @@ def backward(
                 i, f, g, o = gates[:, :, k].to(cells.dtype).chunk(4, -1)
                 steps.append(reference.LSTMSteps(i, f, g, o, cells[:, :, k], h.to(cells.dtype)))
         d_y, d_h_n, d_c_n = or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0)
-        d_x, d_h_0, d_c_0, *d_weights = differentiable_backward(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, steps)
-    return [d_x if need_x else x.new_empty(0), d_h_0, d_c_0, *(d_weights if need_weights else [])]
+        gradients = differentiable_backward(
+            d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, resets, h_reset, c_reset, steps
+        )
+    if not need_x:
+        gradients[0] = x.new_empty(0)
+    return gradients if need_weights else gradients[: len(gradients) - len(weights)]
 
 
 def differentiable_backward(
@@ -80,19 +96,37 @@ def differentiable_backward(
     c_0: Tensor,  # (D, B, H)
     weights: Sequence[Tensor],  # flat
     lengths: Tensor | None,  # (B,)
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (D, B, P)
+    c_reset: Tensor | None = None,  # (D, B, H)
     steps: Sequence[reference.LSTMSteps] | None = None,  # one for each direction; None: computed again, differentiably
 ) -> list[Tensor]:
-    """Gradients of x, h_0, c_0 and of the flat weights, through operations that autograd can differentiate again."""
+    """`backward` with every gradient, through operations that autograd can differentiate again."""
     P = h_0.shape[-1]
     gradients = []
     for k, w in enumerate(split_weights(weights, h_0.shape[0])):
         inputs = (x, h_0[k], c_0[k], *w)
-        own = steps[k] if steps is not None else reference.lstm_forward(*inputs, lengths, k == 1)[3]
+        options = (lengths, k == 1, *resets_of(k, resets, h_reset, c_reset))
+        own = steps[k] if steps is not None else reference.lstm_forward(*inputs, *options)[3]
         d_y_own = d_y[..., k * P : (k + 1) * P]
-        gradients.append(reference.lstm_backward(d_y_own, d_h_n[k], d_c_n[k], *inputs, own, lengths, k == 1))
+        gradients.append(reference.lstm_backward(d_y_own, d_h_n[k], d_c_n[k], *inputs, own, *options))
     d_x = gradients[0].x if len(gradients) == 1 else gradients[0].x + gradients[1].x
     d_weights = [g for d in gradients for g in (d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr) if g is not None]
-    return [d_x, torch.stack([d.h_0 for d in gradients]), torch.stack([d.c_0 for d in gradients]), *d_weights]
+    states = [[d.h_0 for d in gradients], [d.c_0 for d in gradients]]
+    for d_given in ([d.h_reset for d in gradients], [d.c_reset for d in gradients]):
+        states += [[d for d in d_given if d is not None]]
+    return [d_x, *(torch.stack(d_state) for d_state in states if d_state), *d_weights]
+
+
+def resets_of(
+    direction: int,
+    resets: Tensor | None,  # (T, B)
+    h_reset: Tensor | None,  # (D, B, P)
+    c_reset: Tensor | None,  # (D, B, H)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The resets of one direction: the same steps for both, a state of its own for each."""
+    h, c = (None if state is None else state[direction] for state in (h_reset, c_reset))
+    return resets, h, c
 
 
 def or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -105,7 +139,5 @@ def _frozen_at(
     y: Tensor,  # (T, B, P)
     lengths: Tensor | None,  # (B,)
 ) -> Tensor:
-    if lengths is None:
-        return y
-    valid = torch.arange(y.shape[0], device=y.device)[:, None] < lengths[None, :]
-    return torch.where(valid[..., None], y, first)
+    valid = valid_positions(lengths, y.shape[0])
+    return y if valid is None else torch.where(valid, y, first)

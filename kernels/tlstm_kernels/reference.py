@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .positions import replaced, reset_positions, state_before, valid_positions, zero_padding
+
 
 @dataclass(frozen=True, eq=False)
 class LSTMSteps:
@@ -40,7 +42,7 @@ class LSTMSteps:
 
 @dataclass(frozen=True, eq=False)
 class LSTMGradients:
-    """Gradients of one layer's inputs and weights; None for weights that the layer does not have."""
+    """Gradients of one layer's inputs and weights; None for what the layer does not have."""
 
     x: Tensor  # (T, B, I)
     h_0: Tensor  # (B, P)
@@ -50,6 +52,8 @@ class LSTMGradients:
     b_ih: Tensor | None  # (4H,)
     b_hh: Tensor | None  # (4H,)
     w_hr: Tensor | None  # (P, H)
+    h_reset: Tensor | None  # (B, P)
+    c_reset: Tensor | None  # (B, H)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,11 +72,17 @@ def lstm_forward(
     w_hr: Tensor | None = None,  # (P, H)
     lengths: Tensor | None = None,  # (B,) integer, 0..T
     reverse: bool = False,
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (B, P)
+    c_reset: Tensor | None = None,  # (B, H)
 ) -> tuple[Tensor, Tensor, Tensor, LSTMSteps]:
     """Run one layer in one direction; differentiable by autograd, op by op.
 
     `lengths` freezes each row's state past its length and makes the output zero there; what `x` holds there is never
     read. With `reverse` a row is read from its last valid position to its first. T = 0 returns the initial state.
+
+    Where `resets[t, b]` is not zero, row b's state is replaced before step t, in the order of reading, by `h_reset` and
+    `c_reset` (both or none of them; zero if None); past a row's length nothing is.
 
     Returns:
         y (T, B, P), h_n (B, P), c_n (B, H), all in x's dtype, and the `LSTMSteps`.
@@ -80,8 +90,9 @@ def lstm_forward(
     T, B, _ = x.shape
     H = w_hh.shape[0] // 4
     dtype = compute_dtype(x.dtype)
-    valid = _valid_positions(lengths, T)
-    x_proj = _zero_padding(x, valid).to(dtype) @ w_ih.to(dtype).T  # (T, B, 4H)
+    valid = valid_positions(lengths, T)
+    reset = reset_positions(resets, valid)
+    x_proj = zero_padding(x, valid).to(dtype) @ w_ih.to(dtype).T  # (T, B, 4H)
     if b_ih is not None:
         x_proj = x_proj + b_ih.to(dtype)
     if b_hh is not None:
@@ -93,6 +104,8 @@ def lstm_forward(
     c_of: list[Tensor] = [c] * T
     h_of: list[Tensor] = [h] * T
     for t in _order(T, reverse):
+        if reset is not None:
+            h, c = replaced(h, reset[t], h_reset), replaced(c, reset[t], c_reset)
         i, f, g, o = (x_proj[t] + h @ w_hh_t).chunk(4, dim=-1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         c_t = f * c + i * g
@@ -110,7 +123,7 @@ def lstm_forward(
     hidden = torch.stack(h_of) if T else h.new_zeros(0, B, h_0.shape[-1])
     i_all, f_all, g_all, o_all = gates.chunk(4, dim=-1)
     steps = LSTMSteps(i_all, f_all, g_all, o_all, cells, hidden)
-    y = _zero_padding(hidden, valid).to(x.dtype)
+    y = zero_padding(hidden, valid).to(x.dtype)
     return y, h.to(x.dtype), c.to(x.dtype), steps
 
 
@@ -129,6 +142,9 @@ def lstm_backward(
     steps: LSTMSteps,
     lengths: Tensor | None = None,  # (B,) integer, 0..T
     reverse: bool = False,
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (B, P)
+    c_reset: Tensor | None = None,  # (B, H)
 ) -> LSTMGradients:
     """The gradients of `lstm_forward`, equation by equation; arguments as there, `steps` as it returned them.
 
@@ -136,12 +152,16 @@ def lstm_backward(
     """
     T = x.shape[0]
     dtype = compute_dtype(x.dtype)
-    valid = _valid_positions(lengths, T)
-    h_prev_all = _state_before(h_0, steps.h, reverse)  # (T, B, P)
-    c_prev_all = _state_before(c_0, steps.c, reverse)  # (T, B, H)
+    valid = valid_positions(lengths, T)
+    reset = reset_positions(resets, valid)
+    h_prev_all = state_before(h_0, steps.h, reverse)  # (T, B, P)
+    c_prev_all = state_before(c_0, steps.c, reverse)  # (T, B, H)
+    if reset is not None:
+        h_prev_all, c_prev_all = replaced(h_prev_all, reset, h_reset), replaced(c_prev_all, reset, c_reset)
     w_hh_, w_hr_ = w_hh.to(dtype), None if w_hr is None else w_hr.to(dtype)
 
     d_h, d_c = d_h_n.to(dtype), d_c_n.to(dtype)
+    d_h_reset, d_c_reset = torch.zeros_like(d_h), torch.zeros_like(d_c)
     d_gates_of: list[Tensor] = [d_c] * T
     d_h_of: list[Tensor] = [d_h] * T
     for t in _order(T, not reverse):
@@ -167,6 +187,11 @@ def lstm_backward(
         d_h = d_gates_of[t] @ w_hh_
         if d_h_frozen is not None and d_c_frozen is not None:
             d_h, d_c = d_h + d_h_frozen, d_c + d_c_frozen
+        if reset is not None:
+            # Before this step stood another state: it takes the gradient, the step before takes none.
+            d_h_reset = d_h_reset + d_h.masked_fill(~reset[t], 0)
+            d_c_reset = d_c_reset + d_c.masked_fill(~reset[t], 0)
+            d_h, d_c = d_h.masked_fill(reset[t], 0), d_c.masked_fill(reset[t], 0)
 
     # Everything below does not depend on the previous step: one product over all T * B rows each.
     d_gates = torch.stack(d_gates_of) if T else steps.c.new_zeros(0, x.shape[1], w_hh.shape[0])
@@ -180,11 +205,13 @@ def lstm_backward(
         x=(d_gates @ w_ih.to(dtype)).to(x.dtype),
         h_0=d_h.to(h_0.dtype),
         c_0=d_c.to(c_0.dtype),
-        w_ih=(rows.T @ _zero_padding(x, valid).to(dtype).flatten(0, 1)).to(w_ih.dtype),
+        w_ih=(rows.T @ zero_padding(x, valid).to(dtype).flatten(0, 1)).to(w_ih.dtype),
         w_hh=(rows.T @ h_prev_all.flatten(0, 1)).to(w_hh.dtype),
         b_ih=None if b_ih is None else d_b.to(b_ih.dtype),
         b_hh=None if b_hh is None else d_b.to(b_hh.dtype),
         w_hr=d_w_hr,
+        h_reset=None if h_reset is None else d_h_reset.to(h_reset.dtype),
+        c_reset=None if c_reset is None else d_c_reset.to(c_reset.dtype),
     )
 
 
@@ -199,13 +226,17 @@ def lstm(
     w_hr: Tensor | None = None,  # (P, H)
     lengths: Tensor | None = None,  # (B,) integer, 0..T
     reverse: bool = False,
+    resets: Tensor | None = None,  # (T, B) bool or integer
+    h_reset: Tensor | None = None,  # (B, P)
+    c_reset: Tensor | None = None,  # (B, H)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lstm_forward` with `lstm_backward` as its gradient; twice differentiable.
 
     Returns:
         y (T, B, P), h_n (B, P), c_n (B, H), in x's dtype.
     """
-    y, h_n, c_n, *_ = _ReferenceLSTM.apply(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    y, h_n, c_n, *_ = _ReferenceLSTM.apply(x, h_0, c_0, *weights, lengths, reverse, resets, h_reset, c_reset)
     return y, h_n, c_n
 
 
@@ -213,50 +244,33 @@ class _ReferenceLSTM(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse):
-        y, h_n, c_n, steps = lstm_forward(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse)
+    def forward(*arguments):
+        y, h_n, c_n, steps = lstm_forward(*arguments)
         # Autograd marks outputs by identity, so none may be another one (y and steps.h) or an input (h_n with T = 0).
         y, h_n, c_n = y.view_as(y), h_n.view_as(h_n), c_n.view_as(c_n)
         return y, h_n, c_n, steps.i, steps.f, steps.g, steps.o, steps.c, steps.h
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.reverse = inputs
+        *tensors, ctx.reverse, resets, h_reset, c_reset = inputs
         steps = output[3:]
         ctx.mark_non_differentiable(*steps)
-        ctx.save_for_backward(*tensors, *steps)
+        ctx.save_for_backward(*tensors, resets, h_reset, c_reset, *steps)
 
     @staticmethod
     def backward(ctx, d_y, d_h_n, d_c_n, *_):
-        x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, *saved_steps = ctx.saved_tensors
+        x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, h_reset, c_reset, *saved_steps = ctx.saved_tensors
         steps = LSTMSteps(*saved_steps)
         inputs = (x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr)
+        options = (lengths, ctx.reverse, resets, h_reset, c_reset)
         if torch.is_grad_enabled():
             # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from
             # the inputs, which are not.
-            steps = lstm_forward(*inputs, lengths, ctx.reverse)[3]
-        d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps, lengths, ctx.reverse)
-        return d.x, d.h_0, d.c_0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, None, None
+            steps = lstm_forward(*inputs, *options)[3]
+        d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps, *options)
+        weights = (d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr)
+        return d.x, d.h_0, d.c_0, *weights, None, None, None, d.h_reset, d.c_reset
 
 
 def _order(T: int, reverse: bool) -> range:
     return range(T - 1, -1, -1) if reverse else range(T)
-
-
-def _valid_positions(lengths: Tensor | None, T: int) -> Tensor | None:
-    """(T, B, 1) bool: True where a row still has input."""
-    if lengths is None:
-        return None
-    return (torch.arange(T, device=lengths.device)[:, None] < lengths[None, :])[..., None]
-
-
-def _zero_padding(x: Tensor, valid: Tensor | None) -> Tensor:
-    return x if valid is None else x.masked_fill(~valid, 0)
-
-
-def _state_before(first: Tensor, after: Tensor, reverse: bool) -> Tensor:
-    """(T, B, N): the state before each step, from the initial state (B, N) and the states after the steps (T, B, N)."""
-    first = first.to(after.dtype)[None]
-    if after.shape[0] == 0:
-        return after
-    return torch.cat((after[1:], first)) if reverse else torch.cat((first, after[:-1]))

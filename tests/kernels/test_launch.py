@@ -81,10 +81,18 @@ def draw(case, dtype=torch.float32):
     return inputs, weights, None if lengths is None else torch.tensor(lengths), [d.to(dtype) for d in outer]
 
 
-def run(module, inputs, weights, lengths, outer, keep):
-    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep)
+def run(module, inputs, weights, lengths, outer, keep, resets=(None, None, None)):
+    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep, *resets)
     saved = (outputs[0], gates, cells, lengths)
-    return outputs + module.backward(*outer, *inputs, weights, *saved, True, True)
+    return outputs + module.backward(*outer, *inputs, weights, *saved, True, True, *resets)
+
+
+def draw_resets(case, to_a_state):
+    """A mask, over the padding too, with a row that resets at every step and one that never does; and the state."""
+    (T, B, _, H, D), *_ = case
+    mask = torch.randint(0, 2, (T, B)) * 3
+    mask[:, 0], mask[:, -1] = 1, 0
+    return mask, *((torch.randn(D, B, H), torch.randn(D, B, H)) if to_a_state else (None, None))
 
 
 @pytest.mark.parametrize("keep", ["gates", "states"])
@@ -102,6 +110,26 @@ def test_equals_the_reference(gpu, name, keep):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("keep", ["gates", "states"])
+@pytest.mark.parametrize("to_a_state", [False, True])
+@pytest.mark.parametrize("name", ["single", "streamed", "directions one by one", "lengths", "launches with lengths"])
+def test_resets_equal_the_reference(gpu, name, to_a_state, keep):
+    inputs, weights, lengths, outer = draw(CASES[name])
+    mask, *state = draw_resets(CASES[name], to_a_state)
+    expected = run(layer_reference, inputs, weights, lengths, outer, keep, (mask, *state))
+    *_, pins, grids = CASES[name]
+    with launch_options(*pins):
+        for resets in (mask, mask != 0, (mask != 0).t().contiguous().t()):
+            gpu.clear()
+            actual = run(launch, inputs, weights, lengths, outer, keep, (resets, *state))
+            assert gpu == grids
+            assert len(actual) == len(expected) == 6 + len(weights) + 2 * to_a_state
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)  # as above
+            if name != "lengths":
+                break  # the forms of a mask once
+
+
 def test_half_types_keep_half_gates(gpu):
     case = CASES["both directions in one launch"]
     inputs, weights, lengths, outer = draw(case, torch.float16)
@@ -116,6 +144,39 @@ def test_half_types_keep_half_gates(gpu):
         assert a.dtype == torch.float16
         # Rounded to 11 bits: x_proj, h and the gates at each of 3 steps, and the result.
         assert (a.double() - e).norm() <= 8 * torch.finfo(torch.float16).eps * e.norm()
+
+
+def test_half_types_reset_to_a_half_state(gpu):
+    dtype = torch.float16
+    inputs, weights, lengths, outer = draw(CASES["both directions in one launch"], dtype)
+    mask, *state = draw_resets(CASES["both directions in one launch"], to_a_state=True)
+    state = [s.to(dtype) for s in state]
+    with launch_options(*SMALL):
+        actual = run(launch, inputs, weights, lengths, outer, "gates", (mask, *state))
+    exact = [[t.double() for t in group] for group in (inputs, weights, outer, state)]
+    expected = run(layer_reference, exact[0], exact[1], lengths, exact[2], "gates", (mask, *exact[3]))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        # As above: rounded at each of 3 steps, x_proj, h and the gates, and the result.
+        assert (a.double() - e).norm() <= 8 * torch.finfo(dtype).eps * e.norm()
+
+
+def test_nothing_crosses_a_reset(gpu):
+    """NaN before a reset reaches neither what comes after it nor the gradients from there."""
+    inputs, weights, lengths, outer = draw(CASES["persistent"])
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 2] = True
+    dirty = [t.clone() for t in inputs]
+    dirty[0][0, 2], dirty[1][:, 2] = torch.nan, torch.nan
+    with launch_options(*SMALL):
+        for keep in ("gates", "states"):
+            clean = run(launch, inputs, weights, lengths, outer, keep, (mask, None, None))
+            y, h_n, c_n, d_x, *_ = run(launch, dirty, weights, lengths, outer, keep, (mask, None, None))
+            assert y[0, 2].isnan().all()
+            assert torch.equal(y[1:], clean[0][1:])
+            assert torch.equal(h_n, clean[1])
+            assert torch.equal(c_n, clean[2])
+            assert torch.equal(d_x[1:], clean[3][1:])
 
 
 def test_padding_is_never_read(gpu):

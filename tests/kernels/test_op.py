@@ -14,19 +14,21 @@ from tlstm.functional import LSTMOptions, lstm
 from tlstm.layer import LSTM
 
 T, B, I, H = 5, 3, 4, 7
-# name: D, P, bias, lengths
+# name: D, P, bias, lengths, resets to
 CASES = {
-    "plain": (1, None, True, None),
-    "no bias": (1, None, False, None),
-    "both directions, lengths": (2, None, True, (5, 0, 2)),
-    "projection": (1, 3, True, None),
-    "projection, no bias, both directions, lengths": (2, 3, False, (1, 5, 0)),
+    "plain": (1, None, True, None, None),
+    "no bias": (1, None, False, None, None),
+    "both directions, lengths": (2, None, True, (5, 0, 2), None),
+    "projection": (1, 3, True, None, None),
+    "projection, no bias, both directions, lengths": (2, 3, False, (1, 5, 0), None),
+    "resets to zero": (1, None, True, None, "zero"),
+    "resets to a state, projection, both directions, lengths": (2, 3, True, (5, 0, 2), "state"),
 }
 
 
 def make_layer(case, dtype=torch.float32, steps=T):
-    """x, h_0, c_0, the flat weights, and lengths."""
-    D, P, bias, lengths = case
+    """x, h_0, c_0, the flat weights, lengths, and the mask, h and c of resets."""
+    D, P, bias, lengths, kind = case
     width = P or H
     shapes = [(4 * H, I), (4 * H, width)] + [(4 * H,)] * (2 * bias) + [(P, H)] * (P is not None)
 
@@ -35,20 +37,27 @@ def make_layer(case, dtype=torch.float32, steps=T):
 
     weights = [draw(*shape) for _ in range(D) for shape in shapes]
     lengths = None if lengths is None else torch.tensor(lengths).clamp(max=steps)
-    return draw(steps, B, I), draw(D, B, width), draw(D, B, H), weights, lengths
+    resets = None if kind is None else torch.rand(steps, B) < 0.5
+    given = (draw(D, B, width), draw(D, B, H)) if kind == "state" else (None, None)
+    return draw(steps, B, I), draw(D, B, width), draw(D, B, H), weights, lengths, resets, *given
 
 
-def eager(keep, x, h_0, c_0, weights, lengths):
-    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *weights)[:3]
+def eager(keep, x, h_0, c_0, weights, lengths, *resets):
+    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *resets, *weights)[:3]
 
 
-def compiled(keep, x, h_0, c_0, weights, lengths):
-    return lstm_layer_op(x, h_0, c_0, weights, lengths, "reference", keep)[:3]
+def compiled(keep, *layer):
+    return lstm_layer_op(*arguments(layer, keep))[:3]
 
 
-def directions(x, h_0, c_0, weights, lengths):
+def arguments(layer, keep):
+    """Those of the operator."""
+    return *layer[:5], "reference", keep, *layer[5:]
+
+
+def directions(*layer):
     """The same layer, one direction after another through `reference.lstm`."""
-    return lstm_layer(x, h_0, c_0, weights, lengths, backend="reference")
+    return lstm_layer(*layer, backend="reference")
 
 
 def loss_of(outputs):
@@ -57,8 +66,9 @@ def loss_of(outputs):
 
 def results(way, layer):
     outputs = way(*layer)
-    x, h_0, c_0, weights, _ = layer
-    return [*outputs, *torch.autograd.grad(loss_of(outputs), [x, h_0, c_0, *weights])]
+    x, h_0, c_0, weights, _, _, *given = layer
+    tensors = [t for t in (x, h_0, c_0, *weights, *given) if t is not None]
+    return [*outputs, *torch.autograd.grad(loss_of(outputs), tensors)]
 
 
 both_ways = pytest.mark.parametrize("way", [eager, compiled])
@@ -79,41 +89,44 @@ def test_equals_the_reference(way, keep, name):
 @pytest.mark.parametrize("steps", [0, T])
 def test_operator_checks(name, keep, steps):
     layer = make_layer(CASES[name], steps=steps)
-    torch.library.opcheck(lstm_layer_op, (*layer, "reference", keep))
+    torch.library.opcheck(lstm_layer_op, arguments(layer, keep))
 
 
-def test_operator_checks_of_inference_and_of_the_gradient():
-    layer = [t.detach() if torch.is_tensor(t) else t for t in make_layer(CASES["both directions, lengths"])]
+@pytest.mark.parametrize("name", [name for name in CASES if "both directions" in name])
+def test_operator_checks_of_inference_and_of_the_gradient(name):
+    layer = [t.detach() if torch.is_tensor(t) else t for t in make_layer(CASES[name])]
     layer[3] = [w.detach() for w in layer[3]]
-    torch.library.opcheck(lstm_layer_op, (*layer, "reference", "nothing"))
-    x, h_0, c_0, weights, lengths = layer
-    y, h_n, c_n, gates, cells = lstm_layer_op(*layer, "reference", "gates")
+    torch.library.opcheck(lstm_layer_op, arguments(layer, "nothing"))
+    x, h_0, c_0, weights, lengths, *resets = layer
+    y, h_n, c_n, gates, cells = lstm_layer_op(*arguments(layer, "gates"))
     for outer in ((y, h_n, c_n), (y, None, None), (None, None, c_n)):
         for needs in ((True, True), (False, True), (True, False)):
-            arguments = (*outer, x, h_0, c_0, weights, y, gates, cells, lengths, "reference", *needs)
-            torch.library.opcheck(torch.ops.tlstm.lstm_layer_backward.default, arguments)
+            inputs = (*outer, x, h_0, c_0, weights, y, gates, cells, lengths, "reference", *needs, *resets)
+            torch.library.opcheck(torch.ops.tlstm.lstm_layer_backward.default, inputs)
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["both directions, lengths", "projection"])
+@pytest.mark.parametrize("name", [name for name in CASES if "lengths" in name or name == "projection"])
 def test_first_and_second_derivatives(way, name):
-    x, h_0, c_0, weights, lengths = make_layer(CASES[name], torch.float64, steps=2)
+    x, h_0, c_0, weights, lengths, resets, *given = make_layer(CASES[name], torch.float64, steps=2)
+    n = len(weights)
 
-    def function(x, h_0, c_0, *weights):
-        return way("gates", x, h_0, c_0, list(weights), None if lengths is None else lengths.clamp(max=2))
+    def function(x, h_0, c_0, *rest):
+        return way("gates", x, h_0, c_0, list(rest[:n]), lengths, resets, *(rest[n:] or (None, None)))
 
-    assert gradcheck(function, (x, h_0, c_0, *weights), fast_mode=True)
-    assert gradgradcheck(function, (x, h_0, c_0, *weights), fast_mode=True)
+    tensors = (x, h_0, c_0, *weights, *(state for state in given if state is not None))
+    assert gradcheck(function, tensors, fast_mode=True)
+    assert gradgradcheck(function, tensors, fast_mode=True)
 
 
 @both_ways
 def test_gradients_that_nobody_asked_for_are_not_computed(way):
-    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
-    y, _, _ = way("gates", x.detach(), h_0.detach(), c_0.detach(), weights, None)
+    x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
+    y, _, _ = way("gates", x.detach(), h_0.detach(), c_0.detach(), weights, None, None, None, None)
     y.sum().backward()
     assert all(w.grad is not None for w in weights)
     frozen = [w.detach() for w in weights]
-    _, h_n, _ = way("gates", x, h_0.detach(), c_0, frozen, None)
+    _, h_n, _ = way("gates", x, h_0.detach(), c_0, frozen, None, None, None, None)
     h_n.sum().backward()
     assert x.grad is not None
     assert h_0.grad is None
@@ -128,13 +141,25 @@ def test_the_same_bits_at_every_run(way, keep):
         assert torch.equal(a, b)
 
 
+def test_vmap_over_the_resets_of_the_eager_way():
+    x, h_0, c_0, weights, _, resets, *_ = make_layer(CASES["resets to zero"])
+    many = torch.stack((resets, ~resets, torch.ones_like(resets)))
+
+    def y_of(resets):
+        return eager("gates", x, h_0, c_0, weights, None, resets, None, None)[0]
+
+    torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(mask) for mask in many]))
+
+
 def test_vmap_and_jacobians_of_the_eager_way():
-    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
     weights = [w.detach() for w in weights]
     many = torch.stack((x, 2 * x, -x)).detach()
 
     def y_of(x):
-        return LayerFunction.apply(x, h_0.detach(), c_0.detach(), None, "reference", "gates", *weights)[0]
+        return LayerFunction.apply(
+            x, h_0.detach(), c_0.detach(), None, "reference", "gates", None, None, None, *weights
+        )[0]
 
     torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(x) for x in many]))
     expected = torch.autograd.functional.jacobian(y_of, many[0])
@@ -142,8 +167,23 @@ def test_vmap_and_jacobians_of_the_eager_way():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_state_after_a_reset(dtype):
+    x, h_0, c_0, weights, _, resets, *given = make_layer(
+        CASES["resets to a state, projection, both directions, lengths"]
+    )
+    with torch.autocast("cpu", dtype):
+        outputs = lstm_layer(x, h_0, c_0, weights, None, resets, *given, backend="reference")
+    x, h_0, c_0, h_reset, c_reset, *weights = (t.to(dtype) for t in (x, h_0, c_0, *given, *weights))
+    expected = lstm_layer(x, h_0, c_0, weights, None, resets, h_reset, c_reset, backend="reference")
+    for actual, e in zip(outputs, expected, strict=True):
+        assert torch.equal(actual, e)
+    outputs[0].float().sum().backward()
+    assert all(state.grad.dtype == torch.float32 for state in given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_and_gives_gradients_in_the_weights_dtype(dtype):
-    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
     with torch.autocast("cpu", dtype):
         outputs = lstm_layer(x, h_0, c_0, weights, backend="reference")
     expected = lstm_layer(*(t.to(dtype) for t in (x, h_0, c_0)), [w.to(dtype) for w in weights], backend="reference")
@@ -216,6 +256,20 @@ BAD_CALLS = {
     "wrong state": ({"h_0": lambda h: h[..., :6]}, r"h_0: expected .* shape \(1, 3, 7\).*\(1, 3, 6\)"),
     "wrong dtype": ({"c_0": lambda c: c.double()}, r"c_0: expected torch.float32.*received torch.float64"),
     "wrong lengths": ({"lengths": torch.tensor((5, 2))}, r"lengths: expected shape \(3,\).*received shape \(2,\)"),
+    "wrong resets": ({"resets": torch.ones(3, 5).bool()}, r"resets: expected shape \(5, 3\).*received \(3, 5\)"),
+    "resets that are no mask": ({"resets": torch.ones(5, 3)}, r"resets: expected a bool or integer.*resets != 0"),
+    "half a reset state": (
+        {"resets": torch.ones(5, 3).bool(), "h_reset": torch.ones(1, 3, 7)},
+        "expected both or none of them.*received resets and h_reset only",
+    ),
+    "a reset state without resets": (
+        {"h_reset": torch.ones(1, 3, 7), "c_reset": torch.ones(1, 3, 7)},
+        "expected both or none of them, and the resets.*received h_reset and c_reset only",
+    ),
+    "wrong reset state": (
+        {"resets": torch.ones(5, 3).bool(), "h_reset": torch.ones(3, 7), "c_reset": torch.ones(1, 3, 7)},
+        r"h_reset: expected .* shape \(1, 3, 7\).*\(3, 7\)",
+    ),
     "no batch": ({"x": lambda x: x[:, 0]}, r"expected x \(T, B, I\).*received shapes \(5, 4\)"),
 }  # fmt: skip
 
@@ -223,7 +277,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_wrong_arguments(name):
     changes, message = BAD_CALLS[name]
-    x, h_0, c_0, weights, _ = make_layer(CASES["plain"])
+    x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
     call = {"x": x, "h_0": h_0, "c_0": c_0, "weights": weights, "lengths": None, "backend": "reference"}
     call |= {key: value(call[key]) if callable(value) else value for key, value in changes.items()}
     with pytest.raises(ArgumentError, match=message):
