@@ -137,6 +137,31 @@ class TestPush:
         assert hub.repos[name].head == second
         assert pull(client, name) == made(client, 1)
 
+    @pytest.mark.parametrize("times", [1, 99])
+    def test_a_push_between_listing_and_commit(self, hub, client, name: str, times: int) -> None:
+        """Two at once: the later one takes the earlier one's weights away, or is refused."""
+        push(client, name, max_shard_size=700)
+        repo = hub.repos[name]
+        shards, commit = repo.find("main").files, repo.commit
+        push(client, name, 1)
+        left = iter(range(times))
+
+        def commit_after_another(*args):
+            if next(left, None) is not None:
+                repo.refs["refs/heads/main"] = repo.add_commit("another", "", shards, repo.head).oid
+            return commit(*args)
+
+        repo.commit = commit_after_another
+        if times == 1:
+            push(client, name, 2)
+            assert repo.names() == INITIAL | MODEL | SINGLE
+            assert pull(client, name) == made(client, 2)
+        else:
+            with pytest.raises(ClientError) as failure:
+                push(client, name, 2)
+            assert failure.value.status == 412
+            assert pull(client, name) == made(client, 0)
+
     def test_save_pretrained_pushes_what_it_saves(self, hub, client, name: str, tmp_path: Path) -> None:
         client.run(
             "causal_lm(5).save_pretrained(folder, push_to_hub=True, repo_id=name)", name=name, folder=str(tmp_path)
