@@ -74,35 +74,42 @@ def checkpoint_folder(
             errno.ENOENT, f"no such folder: {name!r}; check the path (a Hub repo is named like 'user/model')"
         )
     prefix = f"{subfolder}/" if subfolder else ""
-    shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")
-    wanted = files if files is not None else (*_COMPANIONS, weights_name(variant), index_name(variant), shards)
-    snapshot = _download(
+    wanted = files if files is not None else checkpoint_files(variant)
+    snapshot = download_snapshot(
         name,
-        Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser(),
+        cache_dir=cache_dir,
         revision=revision,
         force_download=force_download,
         local_files_only=local_files_only,
         token=token,
         allow_patterns=[prefix + file for file in wanted],
-        library_name="tlstm",
-        library_version=__version__,
     )
     return snapshot / (subfolder or "")
 
 
-def _download(repo_id: str, cache: Path, **options: Any) -> Path:
+def checkpoint_files(variant: str | None = None) -> tuple[str, ...]:
+    """Patterns of the names of a checkpoint's files: those of the variant's weights, and all that belongs to them."""
+    shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")
+    return (*_COMPANIONS, weights_name(variant), index_name(variant), shards)
+
+
+def download_snapshot(repo_id: str, *, cache_dir: str | os.PathLike[str] | None = None, **options: Any) -> Path:
     """The snapshot of one commit, every newly downloaded file of which has the hash that names it.
 
-    The client checks sizes only, and asks again for some failures only; here wrong content is thrown away and fetched
-    again, and so is what a busy server did not give.
+    `options` as in `huggingface_hub.snapshot_download`, errors as in `checkpoint_folder`. The client itself checks
+    sizes only, and repeats a request after some failures only; here wrong content is thrown away and fetched again, and
+    so is what a busy server did not give.
     """
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
     repo = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
     known = _stamps(repo)
     for attempt in range(_ATTEMPTS):
         last = attempt == _ATTEMPTS - 1
         try:
             # One call: it resolves the revision to a commit once, and takes every file from that commit.
-            snapshot = snapshot_download(repo_id, cache_dir=str(cache), **options)
+            found = snapshot_download(
+                repo_id, cache_dir=str(cache), library_name="tlstm", library_version=__version__, **options
+            )
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             _remove_wrong(repo, known)
             if last or not _may_pass(error):
@@ -110,8 +117,15 @@ def _download(repo_id: str, cache: Path, **options: Any) -> Path:
             time.sleep(2**attempt)
             continue
         wrong = _remove_wrong(repo, known)
-        if not wrong:
-            return Path(snapshot)
+        if wrong:
+            continue
+        snapshot = Path(found)
+        if not snapshot.is_dir():  # the client makes it with the first file
+            wanted = ", ".join(options.get("allow_patterns") or ["any file"])
+            raise CheckpointNotFoundError(
+                errno.ENOENT, f"{repo_id}: no checkpoint in its commit {snapshot.name}; expected some of {wanted}"
+            )
+        return snapshot
     raise DownloadError(
         f"{repo_id}: the content of {', '.join(wrong)} does not match the hash that the Hub gives for it, "
         f"{_ATTEMPTS} times in a row; it was not kept. Try again, perhaps over another connection"
