@@ -16,7 +16,7 @@ from small_models import assert_same_model, causal_lm
 from tlstm import LSTMForCausalLM, Tokenizer
 from tlstm import hub as hub_module
 
-CALLS = ("create_repo", "create_branch", "list_repo_files", "hf_hub_download", "create_commit")
+CALLS = ("create_repo", "create_branch", "model_info", "list_repo_files", "hf_hub_download", "create_commit")
 
 
 class Recorder:
@@ -51,6 +51,9 @@ class Recorder:
 
     def answer_create_branch(self, repo_id: str, **options: Any) -> None:
         return None
+
+    def answer_model_info(self, repo_id: str, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(sha="f" * 40)
 
     def answer_list_repo_files(self, repo_id: str, **options: Any) -> list[str]:
         return list(self.present)
@@ -97,7 +100,7 @@ class TestPush:
         commit = recorder.options("create_commit")
         assert commit["repo_id"] == "me/model"
         assert commit["commit_message"] == "Upload LSTMForCausalLM"
-        assert (commit["create_pr"], commit["revision"], commit["parent_commit"]) == (False, None, None)
+        assert (commit["create_pr"], commit["revision"], commit["parent_commit"]) == (False, None, "f" * 40)
         assert [name for name, _ in recorder.calls if name == "create_branch"] == []
         assert recorder.deleted == []
         assert b"library_name: tlstm" in recorder.added["README.md"]

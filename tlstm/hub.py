@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitInfo,
@@ -14,8 +18,11 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    constants,
     snapshot_download,
 )
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from tlstm.checkpoint.folder_view import CheckpointNotFoundError, is_plain_name
 from tlstm.checkpoint.stored_weights import index_name, weights_name
@@ -23,6 +30,12 @@ from tlstm.version import __version__
 
 CARD = "README.md"
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training.json")
+_ATTEMPTS = 3
+_PASSING_STATUS = (429, 500, 502, 503, 504)
+
+
+class DownloadError(OSError):
+    """What a repo delivered is not what it announced."""
 
 
 def checkpoint_folder(
@@ -43,6 +56,7 @@ def checkpoint_folder(
 
     Raises:
         CheckpointNotFoundError: a path that is no folder. ValueError: a subfolder that leaves it.
+        DownloadError (an OSError): a file whose content does not match the hash that the Hub gives for it.
         huggingface_hub's errors: the repo, revision or connection is not there.
     """
     if subfolder and not is_plain_name(subfolder):
@@ -60,21 +74,102 @@ def checkpoint_folder(
             errno.ENOENT, f"no such folder: {name!r}; check the path (a Hub repo is named like 'user/model')"
         )
     prefix = f"{subfolder}/" if subfolder else ""
-    shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")
-    wanted = files if files is not None else (*_COMPANIONS, weights_name(variant), index_name(variant), shards)
-    # One call: it resolves the revision to a commit once, and takes every file from that commit.
-    snapshot = snapshot_download(
+    wanted = files if files is not None else checkpoint_files(variant)
+    snapshot = download_snapshot(
         name,
+        cache_dir=cache_dir,
         revision=revision,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
         force_download=force_download,
         local_files_only=local_files_only,
         token=token,
         allow_patterns=[prefix + file for file in wanted],
-        library_name="tlstm",
-        library_version=__version__,
     )
-    return Path(snapshot) / (subfolder or "")
+    return snapshot / (subfolder or "")
+
+
+def checkpoint_files(variant: str | None = None) -> tuple[str, ...]:
+    """Patterns of the names of a checkpoint's files: those of the variant's weights, and all that belongs to them."""
+    shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")
+    return (*_COMPANIONS, weights_name(variant), index_name(variant), shards)
+
+
+def download_snapshot(repo_id: str, *, cache_dir: str | os.PathLike[str] | None = None, **options: Any) -> Path:
+    """The snapshot of one commit, every newly downloaded file of which has the hash that names it.
+
+    `options` as in `huggingface_hub.snapshot_download`, errors as in `checkpoint_folder`. The client itself checks
+    sizes only, and repeats a request after some failures only; here wrong content is thrown away and fetched again, and
+    so is what a busy server did not give.
+    """
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
+    repo = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
+    known = _stamps(repo)
+    for attempt in range(_ATTEMPTS):
+        last = attempt == _ATTEMPTS - 1
+        try:
+            # One call: it resolves the revision to a commit once, and takes every file from that commit.
+            found = snapshot_download(
+                repo_id, cache_dir=str(cache), library_name="tlstm", library_version=__version__, **options
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            _remove_wrong(repo, known)
+            if last or not _may_pass(error):
+                raise
+            time.sleep(2**attempt)
+            continue
+        wrong = _remove_wrong(repo, known)
+        if wrong:
+            continue
+        snapshot = Path(found)
+        if not snapshot.is_dir():  # the client makes it with the first file
+            wanted = ", ".join(options.get("allow_patterns") or ["any file"])
+            raise CheckpointNotFoundError(
+                errno.ENOENT, f"{repo_id}: no checkpoint in its commit {snapshot.name}; expected some of {wanted}"
+            )
+        return snapshot
+    raise DownloadError(
+        f"{repo_id}: the content of {', '.join(wrong)} does not match the hash that the Hub gives for it, "
+        f"{_ATTEMPTS} times in a row; it was not kept. Try again, perhaps over another connection"
+    )
+
+
+def _stamps(repo: Path) -> dict[str, tuple[int, int]]:
+    """The cached contents, which the Hub names by their hash, and what tells whether they were replaced."""
+    blobs = repo / "blobs"
+    if not blobs.is_dir():
+        return {}
+    entries = (entry for entry in os.scandir(blobs) if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", entry.name))
+    return {entry.name: (entry.inode(), entry.stat().st_mtime_ns) for entry in entries}
+
+
+def _remove_wrong(repo: Path, known: dict[str, tuple[int, int]]) -> list[str]:
+    """Check what is in the cache and not `known`, remove what does not match its name, and tell its files' names."""
+    wrong = []
+    for name, stamp in _stamps(repo).items():
+        path = repo / "blobs" / name
+        if known.get(name) != stamp and not _has_hash(path, name):
+            path.unlink()
+            wrong.append(name)
+    if not wrong:
+        return []
+    links = {link for link in (repo / "snapshots").rglob("*") if link.is_symlink() and link.readlink().name in wrong}
+    for link in links:
+        link.unlink()
+    return sorted({"/".join(link.relative_to(repo / "snapshots").parts[1:]) for link in links})
+
+
+def _has_hash(path: Path, name: str) -> bool:
+    """Of 64 digits it is the SHA-256 of a file in LFS, of 40 the id of a git blob."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == name
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the server was busy, rather than right."""
+    responses = (getattr(found, "response", None) for found in (error, error.__cause__))
+    return any(response is not None and response.status_code in _PASSING_STATUS for response in responses)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -117,6 +212,44 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    for attempt in range(_ATTEMPTS):
+        # Pinned, because which files are stale depends on the commit that the new one replaces.
+        parent = parent_commit or api.model_info(repo_id, revision=revision).sha
+        operations = _operations(api, folder, repo_id, is_stale, revision=parent, tags=tags or ())
+        try:
+            return api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != 412 or parent_commit is not None or attempt == _ATTEMPTS - 1:
+                raise
+        except RuntimeError as error:  # so the client wraps what made the upload of a large file fail
+            cause = error.__cause__
+            if cause is None:
+                raise
+            if isinstance(cause, RuntimeError):  # another upload has failed and closed the connection that they share
+                cause = ConnectionError(f"lost the connection to the Hub ({cause})")
+            cause.add_note(str(error))
+            raise cause from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _operations(
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    is_stale: Callable[[str], bool],
+    *,
+    revision: str | None,
+    tags: Sequence[str],
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What turns the repo at `revision` into one that holds the files of `folder`."""
     present = set(api.list_repo_files(repo_id, revision=revision))
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -126,19 +259,10 @@ def push_folder(
     if card_path is None and CARD in present and tags:
         card_path = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
     if card_path is not None or CARD not in present:
-        card = _card(card_path, repo_id, tags or ())
+        card = _card(card_path, repo_id, tags)
         operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
     stale = sorted(name for name in present - set(files) if is_stale(name))
-    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message or "Upload model",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=parent_commit,
-    )
+    return operations + [CommitOperationDelete(path_in_repo=name) for name in stale]
 
 
 def _card(path: Path | None, repo_id: str, tags: Sequence[str]) -> str:

@@ -25,8 +25,10 @@ COMMANDS = {
     "train": "train a model on text files",
     "eval": "measure loss and perplexity of a model on a text",
     "info": "say what a checkpoint is, without loading it",
+    "push": "send a checkpoint folder to the Hugging Face Hub",
+    "pull": "fetch a checkpoint from the Hugging Face Hub into a folder",
 }
-MODULES = {"generate": "generate", "train": "train", "eval": "evaluate", "info": "info"}
+MODULES = {"generate": "generate", "train": "train", "eval": "evaluate", "info": "info", "push": "push", "pull": "pull"}
 TRACEBACK_VARIABLE = "TLSTM_TRACEBACK"
 EPILOG = """examples:
   tlstm generate --prompt "ROMEO:"

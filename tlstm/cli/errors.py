@@ -14,7 +14,8 @@ _FOREIGN = (
     ("huggingface_hub.errors", "HfHubHTTPError"),
     ("huggingface_hub.errors", "SafetensorsParsingError"),
     ("huggingface_hub.errors", "NotASafetensorsRepoError"),
-    ("httpx", "HTTPError"),
+    ("httpx", "HTTPError"),  # the connection's errors, under huggingface_hub 1
+    ("httpx2", "HTTPError"),  # and 2
     ("torch", "OutOfMemoryError"),
 )
 

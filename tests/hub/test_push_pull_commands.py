@@ -1,0 +1,110 @@
+"""`tlstm push` and `tlstm pull` against a loopback Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_models import assert_same_model, causal_lm
+
+from tlstm import LSTMForCausalLM, Tokenizer
+
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md"} | TOKENIZER
+
+
+@pytest.fixture
+def tlstm(client):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = "result = tlstm_command(*arguments)"
+        return tuple(client.run(code, arguments=[str(argument) for argument in arguments]))
+
+    return run
+
+
+def saved(folder: Path, seed: int = 0, **options) -> LSTMForCausalLM:
+    tokenizer = Tokenizer.bytes()
+    model = causal_lm(seed, vocab_size=tokenizer.vocab_size)
+    model.save_pretrained(folder, tokenizer=tokenizer, **options)
+    return model
+
+
+def visible(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def test_there_and_back(hub, tlstm, name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "made", extra_files={"README.md": b"# Mine\n", "figures/loss.png": b"PNG"})
+    (tmp_path / "made" / ".secret").write_text("no part of the model")
+    code, out, err = tlstm("push", tmp_path / "made", name, "--private", "--message", "Look")
+    assert code == 0, err
+    repo = hub.repos[name]
+    assert out == f"{hub.url}/{name}/commit/{repo.head}\n"
+    assert repo.private
+    assert repo.find("main").title == "Look"
+    assert repo.names() == FILES | {"figures/loss.png", ".gitattributes"}
+    code, out, err = tlstm("pull", name, tmp_path / "new" / "pulled")
+    assert code == 0, err
+    assert f"{model.num_parameters():,} parameters" in out
+    pulled = tmp_path / "new" / "pulled"
+    assert visible(pulled) == FILES
+    assert not any(path.is_symlink() for path in pulled.iterdir())
+    assert_same_model(LSTMForCausalLM.from_pretrained(pulled), model)
+    assert Tokenizer.from_pretrained(pulled).kind == "byte"
+
+
+def test_branch_and_pull_request(hub, tlstm, name: str, tmp_path: Path) -> None:
+    models = [saved(tmp_path / str(seed), seed) for seed in range(3)]
+    assert tlstm("push", tmp_path / "0", name)[0] == 0
+    assert tlstm("push", tmp_path / "1", name, "--revision", "dev")[0] == 0
+    code, out, _ = tlstm("push", tmp_path / "2", name, "--create-pr")
+    assert (code, out) == (0, f"{hub.url}/{name}/discussions/1\n")
+    for revision, model in zip(("main", "dev", "refs/pr/1"), models, strict=True):
+        assert tlstm("pull", name, tmp_path / "pulled", "--revision", revision)[0] == 0
+        assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "pulled"), model)
+
+
+def test_the_former_checkpoint_goes_as_a_whole(hub, tlstm, name: str, tmp_path: Path) -> None:
+    model = causal_lm(1)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size=700)
+    saved(tmp_path / "single")
+    (tmp_path / "single" / "notes.txt").write_text("mine")
+    assert tlstm("push", tmp_path / "single", name)[0] == 0
+    assert tlstm("push", tmp_path / "sharded", name)[0] == 0
+    assert "model.safetensors" not in hub.repos[name].names()
+    repo = hub.repos[name]
+    without = {path: file for path, file in repo.find("main").files.items() if "tokenizer" not in path}
+    repo.refs["refs/heads/main"] = repo.add_commit("no tokenizer", "", without, repo.head).oid
+    assert tlstm("pull", name, tmp_path / "single")[0] == 0
+    assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "single"), model)
+    assert visible(tmp_path / "single") == visible(tmp_path / "sharded") | {"notes.txt", "README.md"}
+
+
+def test_what_is_no_checkpoint_is_neither_pushed_nor_pulled(hub, tlstm, name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    assert tlstm("push", tmp_path / "model", name)[0] == 0
+    head = hub.repos[name].head
+    damaged = tmp_path / "damaged"
+    saved(damaged)
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-1])
+    for folder in (damaged, tmp_path / "nowhere", tmp_path):
+        code, _, err = tlstm("push", folder, name)
+        assert (code, err.count("\n")) == (2, 1)
+    assert hub.repos[name].head == head
+    repo = hub.repos[name]
+    repo.refs["refs/heads/main"] = repo.add_commit("empty", "", {}, head).oid
+    code, _, err = tlstm("pull", name, tmp_path / "model")
+    assert code == 2
+    assert f"{name}: no checkpoint" in err
+    assert "config.json" in err
+    assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+def test_a_server_that_is_gone_is_told_in_one_line(hub, tlstm, name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "model")
+    hub.stop()
+    for arguments in (("push", tmp_path / "model", name), ("pull", name, tmp_path / "pulled")):
+        code, out, err = tlstm(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("tlstm: error: ")
+    assert not (tmp_path / "pulled").exists()
