@@ -104,7 +104,7 @@ class TestPull:
         push(client, name)
         hub.fault("gone", WEIGHTS)
         error = failed_pull(client, name)
-        assert {"ConnectError", "LocalEntryNotFoundError"} & set(error.kinds), error
+        assert {"NetworkError", "LocalEntryNotFoundError"} & set(error.kinds), error
         code, _, err = client.run("result = tlstm_command('info', '--model', name)", name=name)
         assert (code, err.count("\n")) == (2, 1)
         hub.start()
