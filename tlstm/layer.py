@@ -37,8 +37,8 @@ class LSTM(torch.nn.LSTM):
     `torch._dynamo.config.allow_rnn = True`, or call `tlstm.functional.lstm`.
 
     Args:
-        backend: "auto" (the fastest that can run), "native" (torch's own), "reference" (the equations, slow) or
-            "triton". Assigning to the attribute `backend` changes it later.
+        backend: "auto" (the fastest that is proved on the device: native, so far), "native" (torch's own), "reference"
+            (the equations, slow) or "triton". Assigning to the attribute `backend` changes it later.
         weight_dropout: probability with which, in training mode, each forward pass drops single entries of every
             `weight_hh` (DropConnect; Merity, Keskar & Socher 2017), scaling the rest by 1 / (1 - weight_dropout). One
             mask holds for all time steps of the call. On a GPU the native backend then copies the weights into one

@@ -105,7 +105,7 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
         "--backend",
         default="auto",
         choices=("auto", "triton", "native", "reference"),
-        help="implementation of the LSTM layers (default: the fastest that can run)",
+        help="implementation of the LSTM layers (default: the fastest that is proved on the device)",
     )
 
 
