@@ -20,7 +20,7 @@ LONGEST_FILE = 300
 ROOMS = {
     "functional": ["functional", "functional_native"],
     "layer": ["layer"],
-    "leaf": ["config", "state", "version"],
+    "leaf": ["config", "state", "validation", "version"],
     "files": ["checkpoint"],
     "tokenizer": ["tokenizer"],
     "hub": ["hub", "model_card"],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tlstm.checkpoint.folder_swap import replace_files
+from tlstm.validation import check_choice, check_int, is_int, is_number
 from tlstm.version import __version__
 
 CONFIG_NAME = "config.json"
@@ -159,7 +160,7 @@ class LSTMConfig:
                 stacklevel=2,
             )
         version = values.get("config_version", CONFIG_VERSION)
-        if _is_int(version) and version > CONFIG_VERSION:
+        if is_int(version) and version > CONFIG_VERSION:
             raise ValueError(
                 f"{source}: config_version {version} is newer than {CONFIG_VERSION}, the newest that tlstm "
                 f"{__version__} reads; upgrade tlstm"
@@ -189,20 +190,20 @@ class LSTMConfig:
     # ---- checks --------------------------------------------------------------------------------------------------
 
     def _check_sizes(self) -> None:
-        _check_int("vocab_size", self.vocab_size, 1, MAX_VOCABULARY)
-        _check_int("hidden_size", self.hidden_size, 1, MAX_WIDTH)
-        _check_int("num_layers", self.num_layers, 1, MAX_LAYERS)
+        check_int("vocab_size", self.vocab_size, 1, MAX_VOCABULARY)
+        check_int("hidden_size", self.hidden_size, 1, MAX_WIDTH)
+        check_int("num_layers", self.num_layers, 1, MAX_LAYERS)
         if self.layer_sizes is not None:
             if not isinstance(self.layer_sizes, list | tuple) or not 1 <= len(self.layer_sizes) <= MAX_LAYERS:
                 raise ValueError(f"layer_sizes: expected a list of 1 to {MAX_LAYERS} widths, got {self.layer_sizes!r}")
             for width in self.layer_sizes:
-                _check_int("layer_sizes", width, 1, MAX_WIDTH)
+                check_int("layer_sizes", width, 1, MAX_WIDTH)
             self.layer_sizes = list(self.layer_sizes)
             # One truth: the two plain fields follow the list, so that readers of config.json see real numbers.
             self.hidden_size, self.num_layers = self.layer_sizes[0], len(self.layer_sizes)
         if self.embedding_size is not None:
-            _check_int("embedding_size", self.embedding_size, 1, MAX_WIDTH)
-        _check_int("proj_size", self.proj_size, 0, MAX_WIDTH)
+            check_int("embedding_size", self.embedding_size, 1, MAX_WIDTH)
+        check_int("proj_size", self.proj_size, 0, MAX_WIDTH)
         if self.proj_size >= min(self.widths):
             raise ValueError(
                 f"proj_size: expected less than every layer's width {self.widths}, got {self.proj_size}; "
@@ -215,24 +216,22 @@ class LSTMConfig:
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name in _DROPOUTS:
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value < 1.0:
+            if not is_number(value) or not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
-        if self.initializer not in INITIALIZERS:
-            raise ValueError(f"initializer: expected one of {INITIALIZERS}, got {self.initializer!r}")
+        check_choice("initializer", self.initializer, INITIALIZERS)
         if self.initializer_range is not None and not (
-            _is_number(self.initializer_range) and self.initializer_range > 0
+            is_number(self.initializer_range) and self.initializer_range > 0
         ):
             raise ValueError(f"initializer_range: expected a positive number or null, got {self.initializer_range!r}")
-        if not _is_number(self.forget_bias):
+        if not is_number(self.forget_bias):
             raise ValueError(f"forget_bias: expected a finite number, got {self.forget_bias!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
+        check_choice("dtype", self.dtype, DTYPES)
         names = self.architectures
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"architectures: expected a list of class names, got {names!r}")
         if not isinstance(self.extra, dict):
             raise ValueError(f"extra: expected a dictionary of further settings, got {self.extra!r}")
-        _check_int("config_version", self.config_version, 1, CONFIG_VERSION)
+        check_int("config_version", self.config_version, 1, CONFIG_VERSION)
         if self.tie_word_embeddings and self.head_width != self.embedding_width:
             raise ValueError(
                 f"tie_word_embeddings: the last layer gives {self.head_width} features but the embedding holds "
@@ -247,19 +246,6 @@ class LSTMConfig:
                 raise ValueError(f"{name}: expected an id, a list of ids or null, got an empty list")
             for token_id in ids:
                 if token_id is not None:
-                    _check_int(name, token_id, 0, self.vocab_size - 1)
+                    check_int(name, token_id, 0, self.vocab_size - 1)
                 elif len(ids) > 1:
                     raise ValueError(f"{name}: expected ids, got null inside the list {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import itertools
 import json
-import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from tlstm.checkpoint.folder_swap import replace_files
 from tlstm.generation.philox import MAX_SEED
+from tlstm.validation import check_int, check_number
 from tlstm.version import __version__
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -187,24 +187,24 @@ class GenerationConfig:
     # ---- checks --------------------------------------------------------------------------------------------------
 
     def _check_ranges(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 1, optional=True)
-        _check_int("max_length", self.max_length, 1, optional=True)
-        _check_int("min_new_tokens", self.min_new_tokens, 0)
-        _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
-        _check_int("top_k", self.top_k, 0, optional=True)
-        _check_int("num_return_sequences", self.num_return_sequences, 1)
-        _check_int("num_beams", self.num_beams, 1)
-        _check_number("max_time", self.max_time, 0, math.inf, optional=True)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf)
-        _check_number("length_penalty", self.length_penalty, -math.inf, math.inf)
+        check_int("max_new_tokens", self.max_new_tokens, 1, optional=True)
+        check_int("max_length", self.max_length, 1, optional=True)
+        check_int("min_new_tokens", self.min_new_tokens, 0)
+        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        check_int("top_k", self.top_k, 0, optional=True)
+        check_int("num_return_sequences", self.num_return_sequences, 1)
+        check_int("num_beams", self.num_beams, 1)
+        check_number("max_time", self.max_time, "(0, inf)", optional=True)
+        check_number("repetition_penalty", self.repetition_penalty, "(0, inf)")
+        check_number("length_penalty", self.length_penalty, "(-inf, inf)")
         if self.temperature == 0:
             raise ValueError("temperature: 0 would divide by zero; for the most likely token use do_sample=False")
-        _check_number("temperature", self.temperature, 0, math.inf)
+        check_number("temperature", self.temperature, "(0, inf)")
         for name in ("top_p", "typical_p", "min_p"):
             value = getattr(self, name)
             if name == "min_p" and value == 0:
                 continue  # off, as in transformers
-            _check_number(name, value, 0, 1, optional=True)
+            check_number(name, value, "(0, 1]", optional=True)
         for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
@@ -212,7 +212,7 @@ class GenerationConfig:
             raise ValueError(f'early_stopping: expected true, false or "never", got {self.early_stopping!r}')
         if self.seed is not None:
             for seed in self.seed if isinstance(self.seed, list) else [self.seed]:
-                _check_int("seed", seed, 0, MAX_SEED)
+                check_int("seed", seed, 0, MAX_SEED)
         if self.stop_strings is not None and not isinstance(self.stop_strings, str | list):
             raise ValueError(f"stop_strings: expected a text or a list of texts, got {self.stop_strings!r}")
         for text in self.stop_texts:
@@ -223,11 +223,11 @@ class GenerationConfig:
 
     def _check_tokens(self) -> None:
         for name in ("bos_token_id", "pad_token_id"):
-            _check_int(name, getattr(self, name), 0, optional=True)
+            check_int(name, getattr(self, name), 0, optional=True)
         if self.eos_token_id is not None and not isinstance(self.eos_token_id, int | list):
             raise ValueError(f"eos_token_id: expected an id or a list of ids, got {self.eos_token_id!r}")
         for token_id in self.eos_ids:
-            _check_int("eos_token_id", token_id, 0)
+            check_int("eos_token_id", token_id, 0)
         words = self.bad_words_ids if self.bad_words_ids is not None else []
         if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
             raise ValueError(f"bad_words_ids: expected a list of non-empty lists of ids, got {words!r}")
@@ -235,7 +235,7 @@ class GenerationConfig:
             raise ValueError(f"suppress_tokens: expected a list of ids, got {self.suppress_tokens!r}")
         for name, lists in (("bad_words_ids", words), ("suppress_tokens", [self.suppress_tokens or []])):
             for token_id in itertools.chain.from_iterable(lists):
-                _check_int(name, token_id, 0)
+                check_int(name, token_id, 0)
 
     def _check_together(self) -> None:
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
@@ -257,21 +257,3 @@ class GenerationConfig:
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(GenerationConfig) if f.name != "extra"}
-
-
-def _check_int(name: str, value: object, low: int, high: int | None = None, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ValueError(f"{name}: expected a whole number {limits}{' or null' if optional else ''}, got {value!r}")
-
-
-def _check_number(name: str, value: Any, above: float, most: float, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and above < value <= most and math.isfinite(value)):
-        wide = above == -math.inf
-        limits = "a finite number" if wide else f"a number in ({above}, {most}{')' if most == math.inf else ']'}"
-        raise ValueError(f"{name}: expected {limits}{' or null' if optional else ''}, got {value!r}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from tlstm.validation import check_choice, check_int, check_number
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "step", "plateau")
@@ -98,36 +99,36 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "window", "gradient_accumulation", "patience", "eval_window", "eval_streams"):
-            _check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         for name in ("keep_last", "log_every", "sample_tokens"):
-            _check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         for name in ("warmup_steps", "decay_after", "eval_every", "save_every", "sample_every", "seed", "threads"):
-            _check_int(name, getattr(self, name), 0)
+            check_int(name, getattr(self, name), 0)
         if self.max_steps is not None:
-            _check_int("max_steps", self.max_steps, 1)
+            check_int("max_steps", self.max_steps, 1)
         for name in ("random_window", "tensorboard", "plot"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        _check_number("epochs", self.epochs, 0.0, math.inf, low_open=True)
-        _check_number("lr", self.lr, 0.0, math.inf, low_open=True)
-        _check_number("eps", self.eps, 0.0, math.inf, low_open=True)
-        _check_number("valid_fraction", self.valid_fraction, 0.0, 1.0)
-        _check_number("ema_decay", self.ema_decay, 0.0, 1.0)
-        _check_number("momentum", self.momentum, 0.0, 1.0)
-        _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
-        _check_number("clip_norm", self.clip_norm, 0.0, math.inf)
-        _check_number("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0, high_closed=True)
-        _check_number("decay_factor", self.decay_factor, 0.0, 1.0, low_open=True)
+        check_number("epochs", self.epochs, "(0, inf)")
+        check_number("lr", self.lr, "(0, inf)")
+        check_number("eps", self.eps, "(0, inf)")
+        check_number("valid_fraction", self.valid_fraction, "[0, 1)")
+        check_number("ema_decay", self.ema_decay, "[0, 1)")
+        check_number("momentum", self.momentum, "[0, 1)")
+        check_number("weight_decay", self.weight_decay, "[0, inf)")
+        check_number("clip_norm", self.clip_norm, "[0, inf)")
+        check_number("min_lr_ratio", self.min_lr_ratio, "[0, 1]")
+        check_number("decay_factor", self.decay_factor, "(0, 1)")
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
         for beta in self.betas:
-            _check_number("betas", beta, 0.0, 1.0)
+            check_number("betas", beta, "[0, 1)")
         self.betas = (float(self.betas[0]), float(self.betas[1]))
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("autocast", self.autocast, AUTOCAST)
-        _check_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
-        _check_choice("export", self.export, EXPORTS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("autocast", self.autocast, AUTOCAST)
+        check_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
+        check_choice("export", self.export, EXPORTS)
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"gradient_accumulation: expected a divisor of batch_size {self.batch_size}, "
@@ -152,22 +153,3 @@ class TrainingConfig:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-
-
-def _check_int(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}: expected a whole number of at least {low}, got {value!r}")
-
-
-def _check_number(
-    name: str, value: object, low: float, high: float, *, low_open: bool = False, high_closed: bool = False
-) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (low_open and value == low) or (not high_closed and value == high):  # type: ignore[operator]
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if high_closed else ')'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
