@@ -6,14 +6,13 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from dying_savers import FORMS, die_at, files_of, in_child, load, save, save_and_die_after_commit, status_of
+from dying_savers import FORMS, die_at, files_of, in_child, in_memory, load, save, save_and_die_after_commit, status_of
 from torch import nn
 
 from tlstm.checkpoint.files import CheckpointError
@@ -25,12 +24,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these tests for
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where the system offers that: what a killed process wrote stays, and thousands of saves do not wait."""
-    if os.access("/dev/shm", os.W_OK):
-        with tempfile.TemporaryDirectory(prefix="tlstm-test-", dir="/dev/shm") as folder:
-            yield Path(folder)
-    else:
-        yield tmp_path
+    with in_memory(tmp_path) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(("old", "new"), [("single", "shards"), ("shards", "single"), ("shards", "more shards")])

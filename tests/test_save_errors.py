@@ -8,13 +8,12 @@ import os
 import resource
 import signal
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from dying_savers import files_of, in_child, load, save, save_and_die_after_commit, status_of
+from dying_savers import files_of, in_child, in_memory, load, save, save_and_die_after_commit, status_of
 
 from tlstm.checkpoint import folder_swap, tensor_file
 from tlstm.checkpoint.files import save_checkpoint
@@ -24,12 +23,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="these tests for
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where the system offers that: what a killed process wrote stays, and thousands of saves do not wait."""
-    if os.access("/dev/shm", os.W_OK):
-        with tempfile.TemporaryDirectory(prefix="tlstm-test-", dir="/dev/shm") as folder:
-            yield Path(folder)
-    else:
-        yield tmp_path
+    with in_memory(tmp_path) as folder:
+        yield folder
 
 
 def test_every_operation_failing_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
