@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "hub": {"files", "leaf"},
     "tokenizer": {"files", "leaf", "hub"},
     "pretrained": {"files", "leaf", "hub"},
-    "generation": {"files", "leaf"},
+    "generation": {"files", "leaf", "kernels"},
     "models": {"layer", "functional", "leaf", "pretrained", "generation"},
     "training": {"models", "leaf", "files", "pretrained", "tokenizer", "generation", "layer"},
     "integrations": {"models", "leaf", "files", "pretrained", "tokenizer", "generation"},

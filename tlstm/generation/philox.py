@@ -1,10 +1,7 @@
-"""Philox4x32-10, the counter-based random number generator behind sampling, and the noise that is made from it.
+"""The random numbers behind sampling: Gumbel noise from the words of a counter-based generator (Philox4x32-10).
 
-A counter-based generator has no state to carry: the random words of a token are a pure function of the stream's seed
-and of where the token stands, so neither the other rows of a batch nor a stop and resume in between can change a draw,
-and a GPU kernel can make the same words in any order.
-
-Source: J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+The words of a token are a pure function of the stream's seed and of where the token stands, so neither the other rows
+of a batch nor a stop and resume in between can change a draw, and a GPU kernel can make the same words in any order.
 """
 
 from __future__ import annotations
@@ -12,40 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tlstm_kernels.philox import philox4x32
 from torch import Tensor
 
 MAX_SEED = 2**64 - 1
 
 _MASK = 0xFFFFFFFF
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments: golden ratio, sqrt(3) - 1
-_ROUNDS = 10
 
 # Noise is drawn for several positions at once, up to this many numbers (float32: 1 MiB), because on small
 # vocabularies the cost of the 130 or so tensor operations of a draw is their dispatch, not their arithmetic.
 _CACHED_NUMBERS = 1 << 18
 _CACHED_POSITIONS = 128
 _WORKING_SET = 1 << 17
-
-
-def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor],  # four words, int64 in [0, 2**32), shapes that broadcast
-    key: tuple[Tensor, Tensor],  # two words, int64 in [0, 2**32), shapes that broadcast
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32: four random 32-bit words per counter and key, as int64 in [0, 2**32)."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # A 32x32-bit product may pass 2**63; int64 wraps modulo 2**64, so its bits are still the right ones.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
 
 
 def uniform(
