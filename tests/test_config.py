@@ -101,7 +101,7 @@ def test_bad_fields_are_named(fields, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "not valid JSON"),
+        ("", "is empty"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("[1, 2]", "JSON object"),

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tlstm.checkpoint.folder_swap import replace_files
-from tlstm.validation import check_choice, check_int, is_int, is_number
+from tlstm.checkpoint.folder_view import read_whole
+from tlstm.checkpoint.json_file import parse_json
+from tlstm.validation import check_choice, check_int, check_number, is_int, is_number, shown
 from tlstm.version import __version__
 
 CONFIG_NAME = "config.json"
@@ -146,7 +148,7 @@ class LSTMConfig:
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"{source}: expected model_type {cls.model_type!r}, got {model_type!r}; this is a checkpoint of "
+                f"{source}: expected model_type {cls.model_type!r}, got {shown(model_type)}; this is a checkpoint of "
                 "another kind of model: load it with the library that wrote it"
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
@@ -155,14 +157,14 @@ class LSTMConfig:
         unknown = {key: value for key, value in values.items() if key not in known}
         if unknown:
             warnings.warn(
-                f"{source}: unknown settings {sorted(map(str, unknown))} are kept but have no effect "
-                f"(written by tlstm {values.get('tlstm_version', 'of unknown version')}, read by {__version__})",
+                f"{source}: unknown settings {shown(sorted(map(str, unknown)))} are kept but have no effect "
+                f"(written by tlstm {shown(values.get('tlstm_version', 'of unknown version'))}, read by {__version__})",
                 stacklevel=2,
             )
         version = values.get("config_version", CONFIG_VERSION)
         if is_int(version) and version > CONFIG_VERSION:
             raise ValueError(
-                f"{source}: config_version {version} is newer than {CONFIG_VERSION}, the newest that tlstm "
+                f"{source}: config_version {shown(version)} is newer than {CONFIG_VERSION}, the newest that tlstm "
                 f"{__version__} reads; upgrade tlstm"
             )
         # The version that wrote the file is history; a config always states the version that holds it now.
@@ -175,17 +177,12 @@ class LSTMConfig:
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> LSTMConfig:
         """Read a `config.json`. Raises `ValueError` naming the file when it is not a valid tlstm config."""
-        return cls.from_json(Path(path).read_bytes(), source=str(path))
+        return cls.from_json(read_whole(Path(path)), source=str(path))
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "config.json") -> LSTMConfig:
         """Parse the text of a `config.json`; `source` names it in errors."""
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{source}: not valid JSON ({reason}); download or save the checkpoint again") from None
-        return cls.from_dict(values, source=source)
+        return cls.from_dict(parse_json(text, source), source=source)
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
@@ -195,7 +192,8 @@ class LSTMConfig:
         check_int("num_layers", self.num_layers, 1, MAX_LAYERS)
         if self.layer_sizes is not None:
             if not isinstance(self.layer_sizes, list | tuple) or not 1 <= len(self.layer_sizes) <= MAX_LAYERS:
-                raise ValueError(f"layer_sizes: expected a list of 1 to {MAX_LAYERS} widths, got {self.layer_sizes!r}")
+                got = shown(self.layer_sizes)
+                raise ValueError(f"layer_sizes: expected a list of 1 to {MAX_LAYERS} widths, got {got}")
             for width in self.layer_sizes:
                 check_int("layer_sizes", width, 1, MAX_WIDTH)
             self.layer_sizes = list(self.layer_sizes)
@@ -213,24 +211,21 @@ class LSTMConfig:
     def _check_choices(self) -> None:
         for name in ("output_projection", "residual", "bias", "head_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         for name in _DROPOUTS:
             value = getattr(self, name)
             if not is_number(value) or not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {shown(value)}")
         check_choice("initializer", self.initializer, INITIALIZERS)
-        if self.initializer_range is not None and not (
-            is_number(self.initializer_range) and self.initializer_range > 0
-        ):
-            raise ValueError(f"initializer_range: expected a positive number or null, got {self.initializer_range!r}")
-        if not is_number(self.forget_bias):
-            raise ValueError(f"forget_bias: expected a finite number, got {self.forget_bias!r}")
+        # At most what every dtype can hold.
+        check_number("initializer_range", self.initializer_range, "(0, 1e4]", optional=True)
+        check_number("forget_bias", self.forget_bias, "[-1e4, 1e4]")
         check_choice("dtype", self.dtype, DTYPES)
         names = self.architectures
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"architectures: expected a list of class names, got {names!r}")
+            raise ValueError(f"architectures: expected a list of class names, got {shown(names)}")
         if not isinstance(self.extra, dict):
-            raise ValueError(f"extra: expected a dictionary of further settings, got {self.extra!r}")
+            raise ValueError(f"extra: expected a dictionary of further settings, got {shown(self.extra)}")
         check_int("config_version", self.config_version, 1, CONFIG_VERSION)
         if self.tie_word_embeddings and self.head_width != self.embedding_width:
             raise ValueError(
@@ -248,4 +243,4 @@ class LSTMConfig:
                 if token_id is not None:
                     check_int(name, token_id, 0, self.vocab_size - 1)
                 elif len(ids) > 1:
-                    raise ValueError(f"{name}: expected ids, got null inside the list {value!r}")
+                    raise ValueError(f"{name}: expected ids, got null inside the list {shown(value)}")

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+_SHOWN = 200  # characters of a wrong value in a message
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: a file may hold one of a million characters."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def is_int(value: object) -> bool:
@@ -11,8 +20,8 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, of any size; True and False are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    """Whether `value` is a number that a float can hold, and finite; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None, *, optional: bool = False) -> None:
@@ -20,8 +29,8 @@ def check_int(name: str, value: object, low: int, high: int | None = None, *, op
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ValueError(f"{name}: expected a whole number {limits}{' or null' if optional else ''}, got {value!r}")
+        limits = (f"from {low} to {high}" if high is not None else f"of at least {low}") + " or null" * optional
+        raise ValueError(f"{name}: expected a whole number {limits}, got {shown(value)}")
 
 
 def check_number(name: str, value: object, interval: str, *, optional: bool = False) -> None:
@@ -35,10 +44,10 @@ def check_number(name: str, value: object, interval: str, *, optional: bool = Fa
         if above and below:
             return
     limits = "a finite number" if interval == "(-inf, inf)" else f"a number in {interval}"
-    raise ValueError(f"{name}: expected {limits}{' or null' if optional else ''}, got {value!r}")
+    raise ValueError(f"{name}: expected {limits}{' or null' if optional else ''}, got {shown(value)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
     """One of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {choices}, got {shown(value)}")

@@ -128,8 +128,8 @@ def _read_config(view: FolderView, model_class: type[PreTrainedModel]) -> LSTMCo
     names = config.architectures
     if names and not any(parent.__name__ in names for parent in model_class.__mro__):
         raise CheckpointError(
-            f"{path}: expected architecture {model_class.__name__}, got {', '.join(names)}; load it with "
-            f"{names[0]}.from_pretrained"
+            f"{path}: expected architecture {model_class.__name__}, got {', '.join(names)[:200]}; load it "
+            f"with {names[0][:100]}.from_pretrained"
         )
     return config
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tlstm.checkpoint.folder_swap import FileContent, replace_files
 from tlstm.checkpoint.folder_view import CheckpointError, CheckpointNotFoundError, FolderView, read_consistently
+from tlstm.checkpoint.json_file import parse_json, read_json
 from tlstm.checkpoint.stored_weights import (
     StoredWeights,
     TensorHeader,
     index_name,
     is_weights_file,
     open_checkpoint,
-    read_json,
     weights_name,
 )
 from tlstm.checkpoint.tensor_file import own_memory, write_tensors
@@ -37,6 +37,7 @@ __all__ = [
     "index_name",
     "is_weights_file",
     "open_checkpoint",
+    "parse_json",
     "read_consistently",
     "read_json",
     "replace_files",

@@ -18,6 +18,7 @@ from typing import TypeVar
 RECORD = ".tlstm-commit.json"
 PRIVATE_PREFIX = ".tlstm-"
 STAGING = re.compile(r"\.tlstm-save-[0-9a-f]{16}")
+MAX_BYTES = 1 << 28  # of a file that is read as a whole: JSON and text; weights are mapped
 _READ_ATTEMPTS = 200
 
 Result = TypeVar("Result")
@@ -77,6 +78,24 @@ def is_plain_name(name: object) -> bool:
     return not any(part in ("", ".", "..") for part in parts) and not parts[0].startswith(PRIVATE_PREFIX)
 
 
+def check_is_file(path: Path) -> None:
+    """`CheckpointError` for a folder, and for a pipe or device, from which one might read for ever.
+
+    A missing file passes: that is told by whoever opens it.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or device"
+        raise CheckpointError(f"{path}: expected a file, found {kind}; remove it, or download the checkpoint again")
+
+
+def read_whole(path: Path) -> bytes:
+    """The content of a file that is no weights file, and therefore of bounded size. Raises as `check_is_file`."""
+    check_is_file(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no such file is")
+    return path.read_bytes()
+
+
 class FolderView:
     """A folder's files as a committed save left them, together with a note of every file that was looked at."""
 
@@ -87,17 +106,27 @@ class FolderView:
         self._listed: list[str] | None = None
 
     def path(self, name: str) -> Path | None:
-        """Where `name` lies now, or `None` if the folder does not have it."""
+        """Where `name` lies now, or `None` if the folder does not have it.
+
+        Raises:
+            CheckpointError: a folder has that name, or a pipe or device, from which one would read for ever.
+        """
         path, signature = self._locate(name)
         self._touched.setdefault(name, signature)
+        if path is not None:
+            check_is_file(path)
         return path
 
     def read_bytes(self, name: str) -> bytes:
-        """The content of `name`. Raises `CheckpointNotFoundError` if the folder does not have it."""
+        """The content of `name`.
+
+        Raises:
+            CheckpointNotFoundError: the folder does not have it. CheckpointError: it is no file, or a huge one.
+        """
         path = self.path(name)
         if path is None:
             raise CheckpointNotFoundError(errno.ENOENT, f"{self.folder / name}: no such file in the checkpoint")
-        return path.read_bytes()
+        return read_whole(path)
 
     def names(self) -> list[str]:
         """Sorted names of the files at the top of the folder, without stale and private ones."""

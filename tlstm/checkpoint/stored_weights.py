@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tlstm.checkpoint.folder_view import CheckpointError, CheckpointNotFoundError, FolderView
+from tlstm.checkpoint.json_file import read_json, what_came_instead
 
 # What safetensors calls the dtypes that torch computes with; its 4- to 8-bit floats are refused by name.
 DTYPES = {
@@ -27,7 +28,6 @@ DTYPES = {
 }  # fmt: skip
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_MAX_JSON_BYTES = 1 << 28
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _CONVERT = (
     "convert it where you trust it: state = torch.load(file, weights_only=True); "
@@ -177,43 +177,24 @@ def _open_shards(
     return handles, headers
 
 
-def read_json(path: Path, content: bytes | None = None) -> dict[str, Any]:
-    """The JSON object in `path` (or in `content`, read from there). Raises `CheckpointError` for anything else."""
-    if content is None:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, which no such file is")
-        content = path.read_bytes()
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {_what_is_wrong(path, error, expected='JSON')}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; download or save it again")
-    return value
-
-
-def _what_is_wrong(path: Path, error: Exception, expected: str = "safetensors") -> str:
+def _what_is_wrong(path: Path, error: Exception) -> str:
     """A damaged file's most likely story, and what to do about it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
-    if size == 0:
-        return "the file is empty; download or save it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "this is a git-lfs pointer, not the file itself; run `git lfs pull` in that folder"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "this is a web page, not the file itself; download it again, logged in where the model is gated"
+    story = what_came_instead(start)
+    if story is not None:
+        return story
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return f"this is a pickle file under another name, which can run any code and is not read; {_CONVERT}"
+    promised = _promised_size(path, start)
+    if promised is not None and size < promised:
+        return f"the file is truncated: {size} of {promised} bytes are there; download or save it again"
     reason = str(error) or type(error).__name__
-    if expected == "safetensors":
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-            return f"this is a pickle file under another name, which can run any code and is not read; {_CONVERT}"
-        promised = _promised_size(path, start)
-        if promised is not None and size < promised:
-            return f"the file is truncated: {size} of {promised} bytes are there; download or save it again"
-        length = int.from_bytes(start[:8], "little")
-        if length > size - 8:
-            reason = f"it claims a header of {length} bytes in a file of {size}"
-    return f"not valid {expected} ({reason}); download or save it again"
+    length = int.from_bytes(start[:8], "little")
+    if length > size - 8:
+        reason = f"it claims a header of {length} bytes in a file of {size}"
+    return f"not valid safetensors ({reason}); download or save it again"
 
 
 def _promised_size(path: Path, start: bytes) -> int | None:

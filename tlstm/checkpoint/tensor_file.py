@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlstm.checkpoint.folder_swap import replace_files
+from tlstm.checkpoint.folder_view import check_is_file
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -64,6 +65,7 @@ def read_tensors(
         FileNotFoundError: no such file. ValueError: a damaged file, or one of another format; it names the file and
             `writer`, the method that makes such files.
     """
+    check_is_file(Path(path))
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

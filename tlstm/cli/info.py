@@ -49,7 +49,8 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         CheckpointError: no checkpoint there, or a damaged one. ValueError: a damaged JSON file; the message names it.
     """
     from tlstm.checkpoint.folder_view import FolderView, read_consistently
-    from tlstm.checkpoint.stored_weights import open_checkpoint, read_json
+    from tlstm.checkpoint.json_file import read_json
+    from tlstm.checkpoint.stored_weights import open_checkpoint
     from tlstm.config import LSTMConfig
     from tlstm.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
     from tlstm.tokenizer.tokenizer import Tokenizer

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tlstm.checkpoint.folder_swap import replace_files
+from tlstm.checkpoint.folder_view import read_whole
+from tlstm.checkpoint.json_file import parse_json
 from tlstm.generation.philox import MAX_SEED
-from tlstm.validation import check_int, check_number
+from tlstm.validation import check_int, check_number, shown
 from tlstm.version import __version__
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 DEFAULT_NEW_TOKENS = 256
+MAX_SEQUENCES = 1 << 16  # per prompt: what a damaged or hostile file may not multiply a batch by
 
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 _BEAM_FIELDS = ("length_penalty", "early_stopping")
@@ -121,7 +124,8 @@ class GenerationConfig:
         unknown = {key: value for key, value in values.items() if key not in _DEFAULTS}
         if unknown:
             warnings.warn(
-                f"{source}: unknown settings {sorted(map(str, unknown))} are kept but have no effect", stacklevel=2
+                f"{source}: unknown settings {shown(sorted(map(str, unknown)))} are kept but have no effect",
+                stacklevel=2,
             )
         known = {key: value for key, value in values.items() if key in _DEFAULTS and value is not None}
         try:
@@ -132,17 +136,12 @@ class GenerationConfig:
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = GENERATION_CONFIG_NAME) -> GenerationConfig:
         """Parse the text of a `generation_config.json`; `source` names it in errors."""
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{source}: not valid JSON ({reason}); download or save the checkpoint again") from None
-        return cls.from_dict(values, source=source)
+        return cls.from_dict(parse_json(text, source), source=source)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> GenerationConfig:
         """Read a `generation_config.json`. Raises `ValueError` naming the file when it is not a valid one."""
-        return cls.from_json(Path(path).read_bytes(), source=str(path))
+        return cls.from_json(read_whole(Path(path)), source=str(path))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> GenerationConfig:
@@ -192,8 +191,8 @@ class GenerationConfig:
         check_int("min_new_tokens", self.min_new_tokens, 0)
         check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
         check_int("top_k", self.top_k, 0, optional=True)
-        check_int("num_return_sequences", self.num_return_sequences, 1)
-        check_int("num_beams", self.num_beams, 1)
+        check_int("num_return_sequences", self.num_return_sequences, 1, MAX_SEQUENCES)
+        check_int("num_beams", self.num_beams, 1, MAX_SEQUENCES)
         check_number("max_time", self.max_time, "(0, inf)", optional=True)
         check_number("repetition_penalty", self.repetition_penalty, "(0, inf)")
         check_number("length_penalty", self.length_penalty, "(-inf, inf)")
@@ -207,32 +206,32 @@ class GenerationConfig:
             check_number(name, value, "(0, 1]", optional=True)
         for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_logits"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f'early_stopping: expected true, false or "never", got {self.early_stopping!r}')
+            raise ValueError(f'early_stopping: expected true, false or "never", got {shown(self.early_stopping)}')
         if self.seed is not None:
             for seed in self.seed if isinstance(self.seed, list) else [self.seed]:
                 check_int("seed", seed, 0, MAX_SEED)
         if self.stop_strings is not None and not isinstance(self.stop_strings, str | list):
-            raise ValueError(f"stop_strings: expected a text or a list of texts, got {self.stop_strings!r}")
+            raise ValueError(f"stop_strings: expected a text or a list of texts, got {shown(self.stop_strings)}")
         for text in self.stop_texts:
             if not isinstance(text, str) or not text:
-                raise ValueError(f"stop_strings: expected texts of at least one character, got {text!r}")
+                raise ValueError(f"stop_strings: expected texts of at least one character, got {shown(text)}")
         if not isinstance(self.extra, dict):
-            raise ValueError(f"extra: expected a dictionary of further settings, got {self.extra!r}")
+            raise ValueError(f"extra: expected a dictionary of further settings, got {shown(self.extra)}")
 
     def _check_tokens(self) -> None:
         for name in ("bos_token_id", "pad_token_id"):
             check_int(name, getattr(self, name), 0, optional=True)
         if self.eos_token_id is not None and not isinstance(self.eos_token_id, int | list):
-            raise ValueError(f"eos_token_id: expected an id or a list of ids, got {self.eos_token_id!r}")
+            raise ValueError(f"eos_token_id: expected an id or a list of ids, got {shown(self.eos_token_id)}")
         for token_id in self.eos_ids:
             check_int("eos_token_id", token_id, 0)
         words = self.bad_words_ids if self.bad_words_ids is not None else []
         if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
-            raise ValueError(f"bad_words_ids: expected a list of non-empty lists of ids, got {words!r}")
+            raise ValueError(f"bad_words_ids: expected a list of non-empty lists of ids, got {shown(words)}")
         if self.suppress_tokens is not None and not isinstance(self.suppress_tokens, list):
-            raise ValueError(f"suppress_tokens: expected a list of ids, got {self.suppress_tokens!r}")
+            raise ValueError(f"suppress_tokens: expected a list of ids, got {shown(self.suppress_tokens)}")
         for name, lists in (("bad_words_ids", words), ("suppress_tokens", [self.suppress_tokens or []])):
             for token_id in itertools.chain.from_iterable(lists):
                 check_int(name, token_id, 0)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tlstm.checkpoint.folder_swap import fsync
+from tlstm.checkpoint.folder_view import check_is_file
+from tlstm.checkpoint.json_file import read_json
 from tlstm.checkpoint.tensor_file import write_tensors
 from tlstm.training.distributed import World
 
@@ -81,17 +83,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: no checkpoint there. ValueError: a damaged file, or a folder of another kind; names it.
     """
     values_file = path / VALUES_NAME
-    if not values_file.is_file():
-        raise FileNotFoundError(f"{path}: expected a training checkpoint with {VALUES_NAME}, found none")
-    try:
-        values = json.loads(values_file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{values_file}: not valid JSON ({error}); resume from an earlier checkpoint") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if not values_file.exists():
+        raise FileNotFoundError(f"{values_file}: expected a training checkpoint with {VALUES_NAME}, found none")
+    values = read_json(values_file, nan=True)  # a loss may be one
+    if values.get("format") != FORMAT:
         raise ValueError(f"{values_file}: expected a checkpoint of format {FORMAT!r}; another version wrote this one")
+    groups = values.get("groups")
+    if not isinstance(groups, list) or not all(isinstance(name, str) and name.isidentifier() for name in groups):
+        raise ValueError(f"{values_file}: expected a list of names as `groups`; resume from an earlier checkpoint")
     tensors = {}
-    for group in values["groups"]:
+    for group in groups:
         file = path / f"{group}.safetensors"
+        check_is_file(file)
         try:
             tensors[group] = load_file(file)
         except (SafetensorError, OSError) as error:
