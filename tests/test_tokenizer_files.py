@@ -168,7 +168,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     file = tmp_path / "tokenizer.json"
     for content in (b"", b"{", b"[1]", b'{"version": "1.0"}', b"\xff\xfe"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"tokenizer\.json.*save or download it again"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json.*download or save it again"):
             Tokenizer.from_pretrained(tmp_path)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
     with pytest.raises(ValueError, match=r"tokenizer\.json.*git lfs pull"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,12 @@ from tlstm.checkpoint.folder_view import (
     FolderView,
     read_consistently,
 )
+from tlstm.checkpoint.json_file import read_json, what_came_instead
+from tlstm.validation import shown
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def read(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -42,23 +44,32 @@ def _read(view: FolderView) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare `Exception`s for everything it cannot read
         raise CheckpointError(f"{_damaged(path)} ({error})") from error
+    if not backend.get_vocab_size(with_added_tokens=True):
+        raise CheckpointError(f"{_damaged(path)} (it has no tokens)")
     path = view.folder / CONFIG_FILE
     if view.path(CONFIG_FILE) is None:
         return backend, {}
-    try:
-        config = json.loads(_text(path, view.read_bytes(CONFIG_FILE)))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{_damaged(path)} ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{_damaged(path)} (expected a JSON object, received {type(config).__name__})")
+    config = read_json(path, view.read_bytes(CONFIG_FILE))
+    _check_config(config, path)
     return backend, config
 
 
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """What this library takes from the config has the types that it relies on."""
+    for role in ROLES:
+        token = config.get(role)
+        content = token.get("content") if isinstance(token, dict) else token
+        if not (isinstance(content, str) or token is None):
+            raise CheckpointError(f"{path}: {role}: expected a token, as a text or under `content`, got {shown(token)}")
+    side = config.get("padding_side", "left")
+    if side not in ("left", "right"):
+        raise CheckpointError(f"{path}: padding_side: expected 'left' or 'right', got {shown(side)}")
+
+
 def _text(path: Path, content: bytes) -> str:
-    if content.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{os.fspath(path)!r} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository"
-        )
+    story = what_came_instead(content)
+    if story is not None:
+        raise CheckpointError(f"{path}: {story}")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -66,4 +77,4 @@ def _text(path: Path, content: bytes) -> str:
 
 
 def _damaged(path: Path) -> str:
-    return f"{os.fspath(path)!r} is damaged or no tokenizer file; save or download it again"
+    return f"{path}: damaged, or no tokenizer file; download or save it again"

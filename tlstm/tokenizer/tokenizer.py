@@ -27,10 +27,10 @@ from tlstm.hub import checkpoint_folder
 from tlstm.tokenizer import building
 from tlstm.tokenizer import files as tokenizer_files
 from tlstm.tokenizer.bulk import BulkEncoder, UnknownCharacters
-from tlstm.tokenizer.files import CONFIG_FILE, TOKENIZER_FILE
+from tlstm.tokenizer.files import CONFIG_FILE, ROLES, TOKENIZER_FILE
 from tlstm.tokenizer.output import TextStream, TokenizedText, pad
+from tlstm.validation import shown
 
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 Ids = Sequence[int] | Tensor | NDArray[Any]
 FileContents = dict[str, bytes]  # named here because `Tokenizer.bytes` hides the builtin inside the class
 PathLike = str | os.PathLike[str]
@@ -57,12 +57,12 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "padding_side": "left",
         } | (config or {})
-        for role in _ROLES:
+        for role in ROLES:
             token = self._special_token(role)
             if token is not None and backend.token_to_id(token) is None:
                 raise ValueError(
-                    f"{CONFIG_FILE}{self._origin()} names {token!r} as {role}, but {TOKENIZER_FILE} has no such token; "
-                    "take both files from the same save"
+                    f"{os.path.join(name_or_path, CONFIG_FILE)}: names {shown(token)} as {role}, but {TOKENIZER_FILE} "
+                    "has no such token; take both files from the same save"
                 )
 
     # ---- making one ---------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Tokenizer:
     def _finish(
         cls, backend: tokenizers.Tokenizer, roles: Sequence[str | None], extra: Sequence[str] = ()
     ) -> Tokenizer:
-        config: dict[str, Any] = {role: token for role, token in zip(_ROLES, roles, strict=True) if token is not None}
+        config: dict[str, Any] = {role: token for role, token in zip(ROLES, roles, strict=True) if token is not None}
         building.add_special_tokens(backend, list(dict.fromkeys([*config.values(), *extra])))
         return cls(backend, config | ({"additional_special_tokens": list(extra)} if extra else {}))
 
