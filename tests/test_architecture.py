@@ -18,7 +18,7 @@ LONGEST_FILE = 300
 
 # Room -> the modules directly under `tlstm` that are in it; a folder is a room as a whole.
 ROOMS = {
-    "functional": ["functional", "functional_native"],
+    "functional": ["functional", "functional_*"],
     "layer": ["layer"],
     "leaf": ["config", "state", "validation", "version"],
     "files": ["checkpoint"],

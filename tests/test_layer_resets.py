@@ -1,4 +1,4 @@
-"""tlstm.LSTM with resets against torch.nn.LSTM called anew for each piece of each row, within torch's own error."""
+"""tlstm.LSTM with resets against torch.nn.LSTM called for each episode of each row alone, within torch's own error."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Case:
     lengths: tuple[int, ...] | None
     reset_rate: float
     dtype: torch.dtype  # of the mask
+    reset_to: str
     with_state: bool
     seed: int
 
@@ -40,6 +41,7 @@ def cases(draw) -> Case:
         "num_layers": draw(st.integers(1, 3)),
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
+        "bidirectional": draw(st.booleans()),
         "proj_size": draw(st.integers(0, H - 1)) if draw(st.booleans()) else 0,
     }
     T, B = draw(st.integers(1, 11)), draw(st.integers(1, 7))
@@ -47,28 +49,32 @@ def cases(draw) -> Case:
     lengths = tuple(draw(some)) if draw(st.booleans()) else None
     rate = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     dtype = draw(st.sampled_from([torch.bool, torch.uint8, torch.int64]))
-    return Case(options, T, B, lengths, rate, dtype, draw(st.booleans()), draw(st.integers(0, 2**32 - 1)))
+    to = draw(st.sampled_from(["zero", "one for all", "one for each"]))
+    return Case(options, T, B, lengths, rate, dtype, to, draw(st.booleans()), draw(st.integers(0, 2**32 - 1)))
 
 
-def piece_by_piece(module: torch.nn.LSTM, x, h_0, c_0, lengths, resets):
-    """Each row alone, cut before each reset, every piece but the first one from a state of zero; x is time first."""
-    ys, h_n, c_n = [], [], []
+def piece_by_piece(module: torch.nn.LSTM, x, state, lengths, resets, anew):
+    """Each episode of each row alone, started from the state after a reset except where hx is; x is time first."""
+    D = 1 + module.bidirectional
+    forwards = torch.arange(state[0].shape[0]) % D == 0
+    ys, finals = [], []
     for row, length in enumerate(lengths):
-        h, c = h_0[:, row], c_0[:, row]
-        starts = [t for t in range(length) if resets[t, row]]
+        starts = [0, *(t for t in range(1, length) if resets[t, row])] if length else []
+        final = tuple(s[:, row] for s in state)
         pieces = []
-        for start, stop in zip([0, *starts], [*starts, length], strict=True):
-            if start in starts:
-                h, c = torch.zeros_like(h), torch.zeros_like(c)
-            if stop > start:
-                y, (h, c) = module(x[start:stop, row, None], (h[:, None], c[:, None]))
-                h, c = h[:, 0], c[:, 0]
-                pieces.append(y[:, 0])
-        pieces.append(x.new_zeros(x.shape[0] - length, h.shape[-1]))
+        for start, stop in zip(starts, [*starts[1:], length], strict=False):
+            # Forwards, hx belongs to the first episode, if that does not reset; in reverse to the last one.
+            from_hx = torch.where(forwards, start == 0 and not resets[0, row], stop == length)[:, None]
+            first = [torch.where(from_hx, s[:, row], a[:, row]) for s, a in zip(state, anew, strict=True)]
+            y, after = module(x[start:stop, row, None], tuple(s[:, None] for s in first))
+            pieces.append(y[:, 0])
+            is_final = torch.where(forwards, stop == length, start == 0)[:, None]
+            final = [torch.where(is_final, a[:, 0], f) for a, f in zip(after, final, strict=True)]
+        pieces.append(x.new_zeros(x.shape[0] - length, D * final[0].shape[-1]))
         ys.append(torch.cat(pieces))
-        h_n.append(h)
-        c_n.append(c)
-    return torch.stack(ys, 1), torch.stack(h_n, 1), torch.stack(c_n, 1)
+        finals.append(final)
+    h_n, c_n = (torch.stack(parts, 1) for parts in zip(*finals, strict=True))
+    return torch.stack(ys, 1), h_n, c_n
 
 
 def run(module: torch.nn.LSTM, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -78,29 +84,40 @@ def run(module: torch.nn.LSTM, case: Case, dtype: torch.dtype) -> dict[str, torc
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    rows, H = case.options["num_layers"], case.options["hidden_size"]
+    rows, H = case.options["num_layers"] * (1 + case.options["bidirectional"]), case.options["hidden_size"]
     P = case.options["proj_size"] or H
-    x, h_0, c_0 = draw(case.T, case.B, case.options["input_size"]), draw(rows, case.B, P), draw(rows, case.B, H)
+    x, state = draw(case.T, case.B, case.options["input_size"]), (draw(rows, case.B, P), draw(rows, case.B, H))
     resets = (torch.rand(case.T, case.B, generator=generator) < case.reset_rate).to(case.dtype)
-    inputs = [x.requires_grad_()]
+    reset_state = {
+        "zero": None,
+        "one for all": (draw(rows, P), draw(rows, H)),
+        "one for each": (draw(rows, case.B, P), draw(rows, case.B, H)),
+    }[case.reset_to]
+    inputs = {"x": x}
     if case.with_state:
-        inputs += [h_0.requires_grad_(), c_0.requires_grad_()]
-    else:
-        h_0, c_0 = torch.zeros_like(h_0), torch.zeros_like(c_0)
+        inputs |= {"h_0": state[0], "c_0": state[1]}
+    if reset_state is not None:
+        inputs |= {"h_reset": reset_state[0], "c_reset": reset_state[1]}
+    for tensor in inputs.values():
+        tensor.requires_grad_()
 
     if isinstance(module, LSTM):
-        hx = (h_0, c_0) if case.with_state else None
         lengths = None if case.lengths is None else torch.tensor(case.lengths)
-        if module.batch_first:
-            y, (h_n, c_n) = module(x.transpose(0, 1), hx, lengths=lengths, resets=resets.T)
-            y = y.transpose(0, 1)
-        else:
-            y, (h_n, c_n) = module(x, hx, lengths=lengths, resets=resets)
+        first = module.batch_first
+        options = {"lengths": lengths, "resets": resets.T if first else resets, "reset_state": reset_state}
+        y, (h_n, c_n) = module(x.transpose(0, 1) if first else x, state if case.with_state else None, **options)
+        y = y.transpose(0, 1) if first else y
     else:
-        y, h_n, c_n = piece_by_piece(module, x, h_0, c_0, case.lengths or (case.T,) * case.B, resets)
+        state = state if case.with_state else tuple(torch.zeros_like(s) for s in state)
+        anew = tuple(torch.zeros_like(s) for s in state)
+        if reset_state is not None:
+            anew = tuple(
+                (r[:, None] if r.dim() == 2 else r).expand_as(s) for r, s in zip(reset_state, state, strict=True)
+            )
+        y, h_n, c_n = piece_by_piece(module, x, state, case.lengths or (case.T,) * case.B, resets, anew)
     loss = sum((output * draw(*output.shape)).sum() for output in (y, h_n, c_n))
-    names = ["input", "h_0", "c_0"][: len(inputs)] + [name for name, _ in module.named_parameters()]
-    gradients = torch.autograd.grad(loss, [*inputs, *module.parameters()], materialize_grads=True)
+    names = [*inputs, *(name for name, _ in module.named_parameters())]
+    gradients = torch.autograd.grad(loss, [*inputs.values(), *module.parameters()], materialize_grads=True)
     results = {"output": y, "h_n": h_n, "c_n": c_n} | {f"d_{n}": g for n, g in zip(names, gradients, strict=True)}
     return {name: tensor.detach() for name, tensor in results.items()}
 
@@ -108,7 +125,7 @@ def run(module: torch.nn.LSTM, case: Case, dtype: torch.dtype) -> dict[str, torc
 @both_backends
 @given(case=cases())
 @settings(max_examples=40)
-def test_equals_torch_on_each_piece(backend: str, case: Case):
+def test_equals_torch_on_each_episode_alone(backend: str, case: Case):
     torch.manual_seed(case.seed)
     apart = case.options | {"batch_first": False}
     single = torch.nn.LSTM(**apart)
@@ -128,6 +145,7 @@ def test_equals_torch_on_each_piece(backend: str, case: Case):
 
 @both_backends
 def test_nothing_crosses_a_reset(backend):
+    """One direction: neither values, NaN included, nor gradients."""
     module = LSTM(5, 7, 2, backend=backend)
     x, resets = torch.randn(6, 3, 5), torch.zeros(6, 3, dtype=torch.bool)
     resets[2, 1] = True
@@ -143,6 +161,23 @@ def test_nothing_crosses_a_reset(backend):
     assert torch.equal(y[2:, 1], clean[2:, 1])
     assert torch.equal(h[:, 1], h_n[:, 1])
     assert torch.equal(c[:, 1], c_n[:, 1])
+
+
+@both_backends
+def test_nothing_crosses_a_reset_in_either_direction(backend):
+    module = LSTM(5, 7, 2, bidirectional=True, backend=backend)
+    x, resets = torch.randn(6, 3, 5), torch.zeros(6, 3, dtype=torch.bool)
+    resets[2, 1] = True
+    clean, _ = module(x.requires_grad_(), resets=resets)
+    for episode, other in ((slice(0, 2), slice(2, 6)), (slice(2, 6), slice(0, 2))):
+        (d_x,) = torch.autograd.grad(clean[episode, 1].sum(), x, retain_graph=True)
+        assert d_x[episode, 1].all()
+        assert not d_x[other, 1].any()
+        poisoned = x.detach().clone()
+        poisoned[other, 1] = torch.nan
+        y, _ = module(poisoned, resets=resets)
+        assert torch.equal(y[episode, 1], clean[episode, 1])
+        assert y[other, 1].isnan().all()
 
 
 @both_backends
@@ -228,9 +263,6 @@ WRONG = {
     "dtype": ((6, 3, 5), torch.ones(6, 3), {}, r"bool or integer tensor; received torch.float32.*resets != 0"),
     "no tensor": ((6, 3, 5), [[1]], {}, r"bool or integer tensor of shape \(6, 3\); received a list of 1"),
     "unbatched": ((6, 5), torch.ones(6).bool(), {}, r"expected None for an unbatched input.*unsqueeze\(1\)"),
-    "two directions": (
-        (6, 3, 5), torch.ones(6, 3).bool(), {"bidirectional": True}, r"expected None for a bidirectional.*`lengths`"
-    ),
 }  # fmt: skip
 
 
@@ -243,6 +275,25 @@ def test_wrong_resets(backend, name):
 
 
 @both_backends
+@pytest.mark.parametrize(
+    ("resets", "state", "message"),
+    [
+        (None, (torch.zeros(1, 3, 7),) * 2, "reset_state: expected resets that put it in place; received none"),
+        (torch.ones(6, 3).bool(), torch.zeros(1, 3, 7), r"reset_state: expected a tuple of two tensors \(h, c\)"),
+        (
+            torch.ones(6, 3).bool(),
+            (torch.zeros(1, 3, 7), None),
+            r"reset_state c: expected a tensor of shape \(1, 3, 7\)",
+        ),
+        (torch.ones(6, 3).bool(), (torch.zeros(1, 6),) * 2, r"reset_state h: expected shape \(1, 3, 7\).*\(1, 3, 6\)"),
+    ],
+)
+def test_wrong_reset_states(backend, resets, state, message):
+    with pytest.raises(ArgumentError, match=message):
+        LSTM(5, 7, backend=backend)(torch.randn(6, 3, 5), resets=resets, reset_state=state)
+
+
+@both_backends
 def test_packed_sequences_have_no_resets(backend):
     packed = pack_sequence([torch.randn(3, 5), torch.randn(2, 5)])
     with pytest.raises(ArgumentError, match=r"resets: expected None with a PackedSequence.*pad_packed_sequence"):
@@ -251,8 +302,10 @@ def test_packed_sequences_have_no_resets(backend):
 
 @both_backends
 def test_the_function_refuses_what_the_layer_does(backend):
-    module = torch.nn.LSTM(5, 7, bidirectional=True)
-    state, x = (torch.zeros(2, 3, 7), torch.zeros(2, 3, 7)), torch.randn(6, 3, 5)
-    for mask, message in ((torch.ones(6, 3).bool(), "bidirectional"), (torch.ones(3, 6).bool(), r"shape \(6, 3\)")):
-        with pytest.raises(ArgumentError, match=f"resets: .*{message}"):
-            lstm(x, state, list(module.parameters()), LSTMOptions(bidirectional=True), backend=backend, resets=mask)
+    module = torch.nn.LSTM(5, 7)
+    state, x = (torch.zeros(1, 3, 7), torch.zeros(1, 3, 7)), torch.randn(6, 3, 5)
+    weights, mask = list(module.parameters()), torch.ones(3, 6).bool()
+    with pytest.raises(ArgumentError, match=r"resets: .*shape \(6, 3\)"):
+        lstm(x, state, weights, LSTMOptions(), backend=backend, resets=mask)
+    with pytest.raises(ArgumentError, match=r"reset_state h: expected shape \(1, 3, 7\)"):
+        lstm(x, state, weights, LSTMOptions(), backend=backend, resets=mask.T, reset_state=(state[0][0], state[1]))

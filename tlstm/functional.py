@@ -14,26 +14,20 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-from tlstm_kernels.checks import ArgumentError, check_choice, check_resets
+from tlstm_kernels.checks import check_choice, check_reset_state, check_resets
 from tlstm_kernels.layer_op import lstm_layer
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from tlstm.functional_native import (
-    BackendUnavailableError,
-    LSTMOptions,
-    State,
-    Weights,
-    run_native,
-    run_native_packed,
-)
+from tlstm.functional_native import run_native, run_native_packed
+from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, State, Weights
 
 BACKENDS = ("auto", "triton", "native", "reference")
 # Whether `auto` means the kernels on a GPU that can run them. They pass every test that needs no GPU, but have met none
 # yet: to be switched on with the first recorded run of benchmarks/gpu_check.sh. Until then ask for them by name.
 TRITON_BY_DEFAULT = False
-# A backend is one of these: (x, hx, weights, options, lengths, resets) -> y, (h_n, c_n).
-_Runner = Callable[[Tensor, State, Weights, LSTMOptions, Tensor | None, Tensor | None], tuple[Tensor, State]]
+# A backend is one of these: (x, hx, weights, options, call) -> y, (h_n, c_n).
+_Runner = Callable[[Tensor, State, Weights, LSTMOptions, Call], tuple[Tensor, State]]
 
 
 def lstm(
@@ -44,37 +38,35 @@ def lstm(
     lengths: Tensor | None = None,  # (B,) integer, 0..T
     backend: str = "auto",
     resets: Tensor | None = None,  # (T, B) bool or integer
+    reset_state: State | None = None,  # h (L*D, B, P), c (L*D, B, H)
 ) -> tuple[Tensor, State]:
     """Run a stacked LSTM over a padded batch, time first.
 
     With `lengths`, each row's state is frozen after its length, so that h_n and c_n are those of its last token, and
     the output past it is zero. A length of 0 (and T = 0, for the whole batch) passes the row's state through unchanged.
 
-    Where `resets[t, b]` is not zero, row b forgets: the state of every layer is zero before step t, and no gradient
-    passes to the steps before. In the padding a reset does nothing. The native backend looks at the values, which waits
-    for a GPU, and runs the pieces between resets as rows of one packed batch. Two directions have no resets: it is
-    not obvious where the second one, which comes from the next episode, would have to forget.
+    Where `resets[t, b]` is not zero, an episode of row b begins at step t: nothing passes the boundary between t - 1
+    and t, in no layer and no direction, and no gradient does. What a direction brings to it is replaced by
+    `reset_state`, or zero: read forwards before step t, in reverse before step t - 1. (A reset at step 0 replaces hx
+    for the first, and does nothing to the second, which ends there.) In the padding a reset does nothing. The native
+    backend looks at the values, which waits for a GPU, and runs the pieces between resets as rows of one packed batch.
 
     Returns:
         y (T, B, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)).
 
     Raises:
-        ValueError: unknown backend; resets of another shape or dtype, or for two directions.
+        ValueError: unknown backend; resets of another shape or dtype; a reset_state without resets.
         BackendUnavailableError: the backend cannot run on x's device; the message says why.
     """
     if resets is not None:
         check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
-        if options.bidirectional:
-            raise ArgumentError(
-                "resets: expected None for a bidirectional LSTM, whose second direction meets the end of an episode "
-                "before its start; received both. Make each episode a row of its own, with `lengths`."
-            )
+    check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
     run = _RUNNERS[_pick(backend, x, options)]
     if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
         width = hx[0].shape[-1] * options.num_directions
         return x.new_zeros(0, x.shape[1], width), hx
-    return run(x, hx, weights, options, lengths, resets)
+    return run(x, hx, weights, options, Call(lengths, resets, reset_state))
 
 
 def lstm_packed(
@@ -102,7 +94,7 @@ def _padded_and_packed(
 ) -> tuple[Tensor, State]:
     # The lengths come from batch_sizes, which is on the CPU: nothing here waits for a GPU.
     padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-    y, state = run(padded, hx, weights, options, lengths, None)
+    y, state = run(padded, hx, weights, options, Call(lengths))
     return pack_padded_sequence(y, lengths).data, state
 
 
@@ -169,16 +161,12 @@ def _pick(backend: str, x: Tensor, options: LSTMOptions) -> str:
     return name
 
 
-def _run_reference(
-    x: Tensor, hx: State, weights: Weights, options: LSTMOptions, lengths: Tensor | None, resets: Tensor | None
-) -> tuple[Tensor, State]:
-    return _run_layers(x, hx, weights, options, lengths, resets, "reference")
+def _run_reference(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
+    return _run_layers(x, hx, weights, options, call, "reference")
 
 
-def _run_triton(
-    x: Tensor, hx: State, weights: Weights, options: LSTMOptions, lengths: Tensor | None, resets: Tensor | None
-) -> tuple[Tensor, State]:
-    return _run_layers(x, hx, weights, options, lengths, resets, "triton")
+def _run_triton(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
+    return _run_layers(x, hx, weights, options, call, "triton")
 
 
 def _run_layers(
@@ -186,15 +174,11 @@ def _run_layers(
     hx: State,
     weights: Weights,
     options: LSTMOptions,
-    lengths: Tensor | None,
-    resets: Tensor | None,
+    call: Call,
     backend: str,
 ) -> tuple[Tensor, State]:
     """One `lstm_layer` after another: opaque to torch.compile, cast by autocast as torch's own LSTM is."""
-    if lengths is not None:
-        lengths = lengths.to(x.device, non_blocking=True)
-    if resets is not None:
-        resets = resets.to(x.device, non_blocking=True)
+    lengths, resets = (None if t is None else t.to(x.device, non_blocking=True) for t in (call.lengths, call.resets))
     D, n = options.num_directions, options.weights_per_direction * options.num_directions
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
@@ -209,6 +193,7 @@ def _run_layers(
             weights[layer * n : (layer + 1) * n],
             lengths,
             resets,
+            *((None, None) if call.reset_state is None else (state[states] for state in call.reset_state)),
             backend=backend,
         )
         h_n.append(h)

@@ -11,6 +11,7 @@ from tlstm_kernels.checks import (
     check_input,
     check_lengths,
     check_probability,
+    check_reset_state,
     check_resets,
     check_state,
 )
@@ -19,12 +20,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tlstm.functional import (
     BACKENDS,
-    BackendUnavailableError,
-    LSTMOptions,
     lstm,
     lstm_packed,
     why_unavailable,
 )
+from tlstm.functional_options import BackendUnavailableError, LSTMOptions
 
 
 class LSTM(torch.nn.LSTM):
@@ -103,6 +103,7 @@ class LSTM(torch.nn.LSTM):
         *,
         lengths: Tensor | None = None,  # (B,) integer, 0..T
         resets: Tensor | None = None,  # (T, B), or (B, T) with batch_first; bool or integer
+        reset_state: tuple[Tensor, Tensor] | None = None,  # h (L*D, B, P), c (L*D, B, H), or both without B
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the layer; arguments and results as in `torch.nn.LSTM`, with P = proj_size or H, D directions, L layers.
 
@@ -114,10 +115,15 @@ class LSTM(torch.nn.LSTM):
                 unchanged) and in any order. For the native backend a tensor on the CPU avoids a synchronisation with
                 the GPU; the triton backend takes it from either, and clamps values on a GPU to 0..T unchecked.
             resets: for a batch of streams in which episodes end and begin (reinforcement learning), not zero at the
-                first step of each new episode: there the state of every layer is zero before the step, and no gradient
-                passes to the steps before. hx is the state before the first step, unless that resets too. Past a
-                row's length it has no effect. Not for a bidirectional layer. The native backend waits for the GPU if
-                the tensor is there, and runs each piece between resets as a row of its own, in one packed batch.
+                first step of each new episode: nothing passes the boundary before that step, in no layer, no direction
+                and no gradient, so that each episode gives what it gives alone. Each direction starts anew on the far
+                side of it, from zero or `reset_state`. hx is the state before the first step, unless that resets too
+                (and, of a direction that reads in reverse, before the last one). Past a row's length it has no
+                effect. The native backend waits for the GPU if the tensor is there, and runs each piece between resets
+                as a row of its own, in one packed batch.
+            reset_state: what the state is after a reset; zero if None. One for each row, shaped as hx, or one for all
+                rows, without the batch dimension: a learned initial state, for instance. Its gradient is summed over
+                the resets.
 
         An empty sequence (T = 0), which torch.nn.LSTM refuses, gives an empty output and the unchanged state.
 
@@ -127,7 +133,7 @@ class LSTM(torch.nn.LSTM):
         self._update_flat_weights()
         weights = self._weights()
         if isinstance(input, PackedSequence):
-            if resets is not None:
+            if resets is not None or reset_state is not None:
                 raise ArgumentError(
                     "resets: expected None with a PackedSequence, which has no (time, batch) to mark; received both. "
                     "Pass a padded batch (torch.nn.utils.rnn.pad_packed_sequence) with lengths and resets."
@@ -160,13 +166,14 @@ class LSTM(torch.nn.LSTM):
         if resets is not None:
             check_resets(resets, tuple(input.shape[:2]), "(batch, time)" if self.batch_first else "(time, batch)")
             resets = resets.transpose(0, 1) if self.batch_first else resets
+        reset_state = self._state_after_resets(reset_state, resets, B, weights[0])
 
         if hx is None:
             state = self._zero_state(x, B)
         else:
             check_state(hx, *self._state_shapes(B if batched else None), weights[0])
             state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        y, (h_n, c_n) = lstm(x, state, weights, self._options(), lengths, self._backend, resets)
+        y, (h_n, c_n) = lstm(x, state, weights, self._options(), lengths, self._backend, resets, reset_state)
         if not batched:
             return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
@@ -203,6 +210,18 @@ class LSTM(torch.nn.LSTM):
         rows = self.num_layers * (2 if self.bidirectional else 1)
         leading = (rows,) if batch_size is None else (rows, batch_size)
         return (*leading, self.proj_size or self.hidden_size), (*leading, self.hidden_size)
+
+    def _state_after_resets(
+        self, reset_state: Any, resets: Tensor | None, batch_size: int, weight: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The checked reset state, with a batch dimension where it has none."""
+        if isinstance(reset_state, (tuple, list)):
+            reset_state = tuple(
+                s.unsqueeze(1).expand(-1, batch_size, -1) if isinstance(s, Tensor) and s.dim() == 2 else s
+                for s in reset_state
+            )
+        check_reset_state(reset_state, resets, *self._state_shapes(batch_size), weight)
+        return reset_state
 
     def _zero_state(self, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         h_shape, c_shape = self._state_shapes(batch_size)

@@ -121,6 +121,27 @@ def check_resets(
         )
 
 
+def check_reset_state(
+    reset_state: Any,  # (h (L*D, B, P), c (L*D, B, H)), or None
+    resets: Tensor | None,
+    expected_h: tuple[int, ...],
+    expected_c: tuple[int, ...],
+    weight: Tensor,
+) -> None:
+    """Check the state that resets put in place: kind, shapes, dtype and device, and that there are resets."""
+    if reset_state is None:
+        return
+    if resets is None:
+        raise ArgumentError(
+            "reset_state: expected resets that put it in place; received none. Pass resets too, or hx for the state "
+            "before the first step."
+        )
+    if not isinstance(reset_state, (tuple, list)) or len(reset_state) != 2:
+        raise ArgumentError(f"reset_state: expected a tuple of two tensors (h, c); received {_describe(reset_state)}.")
+    for name, state, expected in zip(("h", "c"), reset_state, (expected_h, expected_c), strict=True):
+        _check_one_state(f"reset_state {name}", state, expected, weight)
+
+
 def check_layer(
     x: Tensor,  # (T, B, I)
     h_0: Tensor,  # (D, B, P)

@@ -194,7 +194,7 @@ def _h_before(
     if direction == 1 and lengths is not None:
         # Read from its end, a row starts at its own last step. (A row without steps has no gradient to spoil.)
         before[(lengths - 1).clamp(min=0), torch.arange(h.shape[1], device=h.device)] = first
-    reset = reset_positions(resets, valid_positions(lengths, h.shape[0]))
+    reset = reset_positions(resets, valid_positions(lengths, h.shape[0]), direction == 1)
     if reset is None:
         return before
     return replaced(before, reset, None if h_reset is None else h_reset[direction])

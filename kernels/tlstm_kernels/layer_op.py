@@ -47,10 +47,10 @@ def lstm_layer(
     The number of directions is that of `h_0`; the second one reads the sequence from its end. Under autocast the
     arguments are cast to its dtype, float64 excepted.
 
-    Where `resets[t, b]` is not zero, row b's state is replaced before step t by `h_reset` and `c_reset` (both or none
-    of them; zero if None). Each direction does so before step t in its own order of reading: the second one, which
-    comes from step t + 1, forgets that step and those after it, while the first one forgets those before t. A reset
-    past the row's length has no effect.
+    Where `resets[t, b]` is not zero, row b's state is replaced by `h_reset` and `c_reset` (both or none of them; zero
+    if None) between the steps t - 1 and t. That is the same boundary for both directions: the first one crosses it on
+    the way to step t, the second one on the way from step t to t - 1, so that nothing passes it either way. A reset at
+    t = 0 means nothing to the second direction, and one past the row's length nothing to any.
 
     Args:
         backend: "triton" (tensors on a GPU) or "reference".

@@ -35,7 +35,7 @@ def persistent_backward_kernel(
     d_gates_ptr,  # (rows, D * 4 * N * H) out, filled with the sentinel (all bits one): of the pre-activations
     d_h_0_ptr, d_c_0_ptr,  # (D, B, N * H) contiguous, out
     lengths_ptr,  # (B,) integer 0..T, or None
-    resets_ptr,  # (T, B) contiguous, integer, or None: not zero where the state was replaced before step t
+    resets_ptr,  # (T, B) contiguous, integer, or None: not zero where the state was replaced between t - 1 and t
     c_reset_ptr,  # (D, B, N * H) contiguous, or None: the cell state that replaced it; None means zero
     d_h_reset_ptr, d_c_reset_ptr,  # (D, B, N * H) contiguous float32, out, or None
     error_ptr,  # (programs, 4) int32, zero, or None without MAX_SPINS: see exchange.report
@@ -123,7 +123,8 @@ def persistent_backward_kernel(
         first = t == tl.where(backwards == 1, 0, lengths - 1)  # the step that read the initial state
         reset = tl.zeros((BLOCK_B,), tl.int1)
         if resets_ptr is not None:
-            reset = tl.load(resets_ptr + t.to(tl.int64) * B + rows, mask=row_mask & valid, other=0) != 0
+            cut = t + 1 - backwards  # as the forward pass crossed it
+            reset = tl.load(resets_ptr + cut.to(tl.int64) * B + rows, mask=row_mask & (cut < lengths), other=0) != 0
 
         i, f, g, o = g_i.to(tl.float32), g_f.to(tl.float32), g_g.to(tl.float32), g_o.to(tl.float32)
         if PRE_ACTIVATION:

@@ -32,7 +32,7 @@ def persistent_forward_kernel(
     gates_ptr,  # (rows, D * 4 * N * H) out, or None: the gates after their activation
     cells_ptr,  # (rows, D * N * H) out, or None: c after each step
     lengths_ptr,  # (B,) integer 0..T, or None
-    resets_ptr,  # (T, B) contiguous, integer, or None: not zero where the state is replaced before step t
+    resets_ptr,  # (T, B) contiguous, integer, or None: not zero where the state is replaced between t - 1 and t
     h_reset_ptr, c_reset_ptr,  # (D, B, N * H) contiguous, or None: by what, h in y's dtype; None means by zero
     error_ptr,  # (programs, 4) int32, zero, or None without MAX_SPINS: see exchange.report
     T, B,
@@ -52,7 +52,7 @@ def persistent_forward_kernel(
     """Grid: (ceil(H / UNITS), ceil(B / BLOCK_B), D * N), all of it resident at once (launch_cooperative_grid).
 
     Every (rows, ...) tensor is dense and row-major. Rows of the batch past their length keep their state, have zero
-    output, and take nothing from x; in reverse they start at their last valid step. A reset counts where the step is
+    output, and take nothing from x; in reverse they start at their last valid step. A reset counts where its step is
     valid. What gates and cells hold past a length is unspecified. T, B and the strides never cause a recompilation.
     """
     ALONE: tl.constexpr = UNITS >= H
@@ -104,7 +104,9 @@ def persistent_forward_kernel(
         first = t == tl.where(backwards == 1, lengths - 1, 0)
         reset = tl.zeros((BLOCK_B,), tl.int1)
         if resets_ptr is not None:
-            reset = tl.load(resets_ptr + t.to(tl.int64) * B + rows, mask=row_mask & valid, other=0) != 0
+            # A reset at t cuts between t - 1 and t: backwards, it is crossed on the way from t to t - 1.
+            cut = t + backwards
+            reset = tl.load(resets_ptr + cut.to(tl.int64) * B + rows, mask=row_mask & (cut < lengths), other=0) != 0
             h = tl.where(reset[None, :], h_reset, h)
             c = tl.where(reset[None, :], c_reset, c)
 

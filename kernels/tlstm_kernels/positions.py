@@ -13,12 +13,21 @@ def valid_positions(lengths: Tensor | None, T: int) -> Tensor | None:
     return (torch.arange(T, device=lengths.device)[:, None] < lengths[None, :])[..., None]
 
 
-def reset_positions(resets: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """(T, B, 1) bool: True where a row's state is replaced before the step."""
+def reset_positions(
+    resets: Tensor | None,  # (T, B) bool or integer
+    valid: Tensor | None,  # (T, B, 1) bool
+    reverse: bool,
+) -> Tensor | None:
+    """(T, B, 1) bool: True where a row's state is replaced before the step, in the order of reading.
+
+    A reset at t is a boundary between t - 1 and t. Read in reverse, it is crossed on the way to t - 1.
+    """
     if resets is None:
         return None
     reset = (resets != 0)[..., None]
-    return reset if valid is None else reset & valid
+    if valid is not None:
+        reset = reset & valid
+    return torch.cat((reset[1:], torch.zeros_like(reset[:1]))) if reverse else reset
 
 
 def replaced(

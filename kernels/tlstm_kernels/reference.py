@@ -81,8 +81,8 @@ def lstm_forward(
     `lengths` freezes each row's state past its length and makes the output zero there; what `x` holds there is never
     read. With `reverse` a row is read from its last valid position to its first. T = 0 returns the initial state.
 
-    Where `resets[t, b]` is not zero, row b's state is replaced before step t, in the order of reading, by `h_reset` and
-    `c_reset` (both or none of them; zero if None); past a row's length nothing is.
+    Where `resets[t, b]` is not zero, row b's state is replaced by `h_reset` and `c_reset` (both or none of them; zero
+    if None) between the steps t - 1 and t: before step t, or in reverse before step t - 1; not past a row's length.
 
     Returns:
         y (T, B, P), h_n (B, P), c_n (B, H), all in x's dtype, and the `LSTMSteps`.
@@ -91,7 +91,7 @@ def lstm_forward(
     H = w_hh.shape[0] // 4
     dtype = compute_dtype(x.dtype)
     valid = valid_positions(lengths, T)
-    reset = reset_positions(resets, valid)
+    reset = reset_positions(resets, valid, reverse)
     x_proj = zero_padding(x, valid).to(dtype) @ w_ih.to(dtype).T  # (T, B, 4H)
     if b_ih is not None:
         x_proj = x_proj + b_ih.to(dtype)
@@ -153,7 +153,7 @@ def lstm_backward(
     T = x.shape[0]
     dtype = compute_dtype(x.dtype)
     valid = valid_positions(lengths, T)
-    reset = reset_positions(resets, valid)
+    reset = reset_positions(resets, valid, reverse)
     h_prev_all = state_before(h_0, steps.h, reverse)  # (T, B, P)
     c_prev_all = state_before(c_0, steps.c, reverse)  # (T, B, H)
     if reset is not None:

@@ -162,7 +162,9 @@ def _with_resets(x, h, c, w_hh, lengths, reverse, resets, h_reset, c_reset):
     y = [x.new_zeros(0)] * T
     for t in reversed(range(T)) if reverse else range(T):
         one = None if lengths is None else (t < lengths).int()
-        replaced = (resets[t] != 0) if one is None else (resets[t] != 0) & (one == 1)
+        cut = t + reverse  # a reset at t cuts between t - 1 and t
+        replaced = resets[cut] != 0 if cut < T else torch.zeros_like(resets[0]) != 0
+        replaced = replaced if lengths is None else replaced & (cut < lengths)
         h, c = torch.where(replaced[:, None], h_reset, h), torch.where(replaced[:, None], c_reset, c)
         y_t, h, c = reference.lstm(x[t : t + 1], h, c, w_ih, w_hh, lengths=one)
         y[t] = y_t[0]

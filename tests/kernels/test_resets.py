@@ -38,7 +38,7 @@ def row_by_row(x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, reverse, rese
         h, c = h_0[row], c_0[row]
         y = [torch.zeros_like(h)] * x.shape[0]
         for t in reversed(range(length)) if reverse else range(length):
-            if resets[t, row]:
+            if t + reverse < length and resets[t + reverse, row]:
                 h = torch.zeros_like(h) if h_reset is None else h_reset[row]
                 c = torch.zeros_like(c) if c_reset is None else c_reset[row]
             if w_hr is None:
@@ -113,7 +113,7 @@ def test_nothing_crosses_a_reset(reverse):
     inputs[10][2, 1] = True
     clean = lstm(*inputs)
     poisoned = [t.detach().clone().requires_grad_() if torch.is_tensor(t) and t.requires_grad else t for t in inputs]
-    before, after = (slice(3, T), slice(0, 3)) if reverse else (slice(0, 2), slice(2, T))
+    before, after = (slice(2, T), slice(0, 2)) if reverse else (slice(0, 2), slice(2, T))
     with torch.no_grad():
         poisoned[0][before, 1] = torch.nan
         poisoned[1][1], poisoned[2][1] = torch.nan, torch.inf
