@@ -48,7 +48,12 @@ class TestRoundTrip:
     def test_the_folder_is_what_others_expect(self, tmp_path: Path) -> None:
         model = causal_lm().bfloat16()
         model.save_pretrained(tmp_path)
-        assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
+        assert sorted(os.listdir(tmp_path)) == [
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        ]
         text = (tmp_path / "config.json").read_text()
         config = json.loads(text)
         assert config["architectures"] == ["LSTMForCausalLM"]

@@ -13,6 +13,7 @@ from typing import Any
 from tlstm.checkpoint.folder_swap import replace_files
 from tlstm.checkpoint.folder_view import read_whole
 from tlstm.checkpoint.json_file import parse_json
+from tlstm.pushable import Pushable
 from tlstm.validation import check_choice, check_int, check_number, is_int, is_number, shown
 from tlstm.version import __version__
 
@@ -28,7 +29,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
-class LSTMConfig:
+class LSTMConfig(Pushable):
     """Configuration of `LSTMModel` and `LSTMForCausalLM`. Every field is checked on construction.
 
     Sizes:
@@ -133,9 +134,13 @@ class LSTMConfig:
         """`config.json`'s text: sorted keys, two-space indent, a final newline."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
+    def files(self) -> dict[str, bytes]:
+        """`config.json`'s name and content."""
+        return {CONFIG_NAME: self.to_json().encode()}
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `config.json` into `save_directory` (made if missing), atomically."""
-        replace_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
+        replace_files(save_directory, self.files())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str = "the configuration") -> LSTMConfig:

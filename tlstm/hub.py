@@ -6,8 +6,9 @@ import errno
 import hashlib
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
-    ModelCardData,
     constants,
     snapshot_download,
 )
@@ -26,10 +25,20 @@ from huggingface_hub.file_download import repo_folder_name
 
 from tlstm.checkpoint.folder_view import CheckpointNotFoundError, is_plain_name
 from tlstm.checkpoint.stored_weights import index_name, weights_name
+from tlstm.model_card import (
+    CARD_NAME,
+    FIGURES_NAME,
+    card_in,
+    decoded,
+    encoded,
+    is_own,
+    renewed,
+    short_card,
+    with_metadata,
+)
 from tlstm.version import __version__
 
-CARD = "README.md"
-_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "training.json")
+_COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", FIGURES_NAME)
 _ATTEMPTS = 3
 _PASSING_STATUS = (429, 500, 502, 503, 504)
 
@@ -187,7 +196,8 @@ def push_folder(
     folder: Path,
     repo_id: str,
     *,
-    is_stale: Callable[[str], bool],
+    is_stale: Callable[[str], bool] = lambda name: False,
+    make_card: Callable[[str], str] | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
@@ -196,14 +206,18 @@ def push_folder(
     revision: str | None = None,
     parent_commit: str | None = None,
     tags: Sequence[str] | None = None,
+    license: str | None = None,
 ) -> CommitInfo:
     """Upload every file of `folder` to `repo_id` (made if missing) in one commit, which also deletes stale files.
 
     Args:
-        is_stale: tells for a file at the top of the repo and not in `folder` whether it belongs to the old model.
+        is_stale: tells for a file of the repo that is not in `folder` whether it belongs to the old model.
+        make_card: given the repo's full name, the card for a folder without one. It also takes the place of a card
+            that tlstm made before, never that of one that somebody has written (`tlstm.model_card` tells the rule).
+            Without it a repo and folder that have no card get a short one.
         revision: branch to commit to, made if missing; `None` is the main branch.
         parent_commit: refuse with an error if the branch has moved on from this commit.
-        tags: for the model card. A repo and folder without a card get a short one.
+        tags, license: for the model card's metadata, whoever has written its text.
 
     Raises:
         huggingface_hub's errors, among them HfHubHTTPError; the repo then holds what it held before.
@@ -215,7 +229,9 @@ def push_folder(
     for attempt in range(_ATTEMPTS):
         # Pinned, because which files are stale depends on the commit that the new one replaces.
         parent = parent_commit or api.model_info(repo_id, revision=revision).sha
-        operations = _operations(api, folder, repo_id, is_stale, revision=parent, tags=tags or ())
+        operations = _operations(
+            api, folder, repo_id, is_stale, make_card, revision=parent, tags=tags or (), license=license
+        )
         try:
             return api.create_commit(
                 repo_id,
@@ -240,40 +256,38 @@ def push_folder(
     raise AssertionError("the last attempt returns or raises")
 
 
+def push_files(files: Mapping[str, bytes], repo_id: str, **options: Any) -> CommitInfo:
+    """Upload `files` (name -> content) to `repo_id` in one commit, and nothing else; options and errors of a push."""
+    with tempfile.TemporaryDirectory(prefix="tlstm-push-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return push_folder(Path(folder), repo_id, **options)
+
+
 def _operations(
     api: HfApi,
     folder: Path,
     repo_id: str,
     is_stale: Callable[[str], bool],
+    make_card: Callable[[str], str] | None,
     *,
     revision: str | None,
-    tags: Sequence[str],
+    **metadata: Any,
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What turns the repo at `revision` into one that holds the files of `folder`."""
     present = set(api.list_repo_files(repo_id, revision=revision))
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items() if name != CARD
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items() if name != CARD_NAME
     ]
-    card_path = files.get(CARD)
-    if card_path is None and CARD in present and tags:
-        card_path = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
-    if card_path is not None or CARD not in present:
-        card = _card(card_path, repo_id, tags)
-        operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
+    card, there = card_in(folder), None
+    if make_card is not None:
+        card = renewed(make_card(repo_id), card)
+    if CARD_NAME in present and (card is None or is_own(card)):  # somebody's words in the repo win over tlstm's
+        there = decoded(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_bytes())
+        card = there if card is None else renewed(card, there)
+    card = with_metadata(short_card(repo_id) if card is None else card, **metadata)
+    if card != there:
+        operations.append(CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=encoded(card)))
     stale = sorted(name for name in present - set(files) if is_stale(name))
     return operations + [CommitOperationDelete(path_in_repo=name) for name in stale]
-
-
-def _card(path: Path | None, repo_id: str, tags: Sequence[str]) -> str:
-    """The card at `path`, or a short one, with `tags` added."""
-    if path is not None and not tags:
-        return path.read_text(encoding="utf-8")
-    if path is not None:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    else:
-        data = ModelCardData(library_name="tlstm")
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n")
-    if tags:
-        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
-    return str(card)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tlstm.checkpoint.files import is_weights_file, save_checkpoint
 from tlstm.config import CONFIG_NAME, LSTMConfig
 from tlstm.hub import checkpoint_folder, push_folder
+from tlstm.model_card import CARD_NAME, card_in, encoded, is_own, make_card, renewed
 from tlstm.weight_loading import GENERATION_CONFIG_NAME, check_device, check_dtype, load_model
 
 
@@ -141,7 +143,8 @@ class PreTrainedModel(nn.Module):
         """Save weights, `config.json` and `generation_config.json` into a folder, replacing a former model as one set.
 
         Killed at any point, the folder loads the old model or the new one, whole. Files that are not the model's own
-        are left alone.
+        are left alone. A folder without a model card gets one; a card that tlstm made before is made anew, and one
+        that somebody has written or changed is never touched (`tlstm.model_card` tells how that is known).
 
         Args:
             save_directory: made if missing.
@@ -151,7 +154,8 @@ class PreTrainedModel(nn.Module):
             push_to_hub: also push, to `repo_id` in `push_kwargs` or a repo named as the folder; `push_kwargs` as in
                 `push_to_hub`.
             tokenizer: saved as part of the same set.
-            extra_files: name -> content of further files of the set, such as the model card.
+            extra_files: name -> content of further files of the set. `README.md` is the model card, instead of the one
+                that would be made; the figures in a `training.json` go into the latter.
 
         Raises:
             ValueError: a wrong argument. OSError: nothing could be saved; the old model is unchanged.
@@ -161,6 +165,10 @@ class PreTrainedModel(nn.Module):
         if not is_main_process:
             return
         files = self._companion_files(tokenizer, extra_files)
+        if CARD_NAME not in files:
+            folder = Path(save_directory)
+            card, there = self._make_card(folder.resolve().name, files), card_in(folder)
+            files |= {CARD_NAME: encoded(renewed(card, there))} if there is None or is_own(there) else {}
         save_checkpoint(save_directory, self._owned_state(), files, variant=variant, max_shard_size=max_shard_size)
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
@@ -192,6 +200,8 @@ class PreTrainedModel(nn.Module):
     ) -> CommitInfo:
         """Push the model to a Hub repo in one commit, which also removes the variant's former weights.
 
+        The repo's model card is treated as that of a folder in `save_pretrained`.
+
         Args:
             repo_id: "user/name"; the repo is made if missing, private if `private`.
             commit_message, commit_description, token, create_pr: as in `huggingface_hub.HfApi.create_commit`.
@@ -210,6 +220,7 @@ class PreTrainedModel(nn.Module):
                 Path(folder),
                 repo_id,
                 is_stale=lambda name: is_weights_file(name, variant),
+                make_card=lambda full_name: self._make_card(full_name, files),
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 commit_description=commit_description,
                 private=private,
@@ -239,3 +250,7 @@ class PreTrainedModel(nn.Module):
         if clash:
             raise ValueError(f"extra_files: {clash} are written by the model itself; give further files other names")
         return {**files, **own}
+
+    def _make_card(self, name: str, files: Mapping[str, bytes]) -> str:
+        config = json.loads(files[CONFIG_NAME])
+        return make_card(config, name=name, parameters=self.num_parameters(), files=files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from small_models import assert_same_model, causal_lm
 
 from tlstm import LSTMForCausalLM, Tokenizer
@@ -62,6 +63,84 @@ def test_branch_and_pull_request(hub, tlstm, name: str, tmp_path: Path) -> None:
     for revision, model in zip(("main", "dev", "refs/pr/1"), models, strict=True):
         assert tlstm("pull", name, tmp_path / "pulled", "--revision", revision)[0] == 0
         assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "pulled"), model)
+
+
+def test_revision_in_the_name_and_tag(hub, tlstm, name: str, tmp_path: Path) -> None:
+    models = [saved(tmp_path / str(seed), seed) for seed in range(2)]
+    assert tlstm("push", tmp_path / "0", name, "--branch", "dev", "--tag", "v1.0")[0] == 0
+    assert tlstm("push", tmp_path / "1", name, "--revision", "dev")[0] == 0
+    for revision, model in zip(("v1.0", "dev"), models, strict=True):
+        assert tlstm("pull", f"{name}@{revision}", tmp_path / "pulled")[0] == 0
+        assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "pulled"), model)
+    head = hub.repos[name].find("dev").oid
+    for arguments, message in (
+        (("--tag", "v1.0"), "has this tag already"),
+        (("--tag", "v2.0", "--create-pr"), "--tag and --create-pr exclude each other"),
+    ):
+        code, out, err = tlstm("push", tmp_path / "0", name, "--revision", "dev", *arguments)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert hub.repos[name].find("dev").oid == head
+    code, _, err = tlstm("pull", f"{name}@dev", tmp_path / "pulled", "--revision", "v1.0")
+    assert (code, "the revision is given twice" in err) == (2, True)
+
+
+def test_token_and_parent_commit(hub, tlstm, name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "first")
+    model = saved(tmp_path / "second", 1)
+    assert tlstm("push", tmp_path / "first", name, "--private")[0] == 0
+    first = hub.repos[name].head
+    for command in (("push", tmp_path / "second", name), ("pull", name, tmp_path / "pulled")):
+        code, _, err = tlstm(*command, "--token", "hf_stranger")
+        assert (code, err.count("\n")) == (2, 1)
+    assert hub.repos[name].head == first
+    assert tlstm("push", tmp_path / "second", name, "--parent-commit", first, "--token", "hf_owner")[0] == 0
+    code, _, err = tlstm("push", tmp_path / "first", name, "--parent-commit", first)
+    assert (code, "412" in err) == (2, True)
+    assert tlstm("pull", name, tmp_path / "pulled", "--token", "hf_owner")[0] == 0
+    assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "pulled"), model)
+
+
+def test_variants_travel_by_themselves(hub, tlstm, name: str, tmp_path: Path) -> None:
+    plain = saved(tmp_path / "made")
+    half = saved(tmp_path / "made", 1, variant="fp16", max_shard_size=2000)
+    assert tlstm("push", tmp_path / "made", name, "--variant", "fp16")[0] == 0
+    weights = {file for file in hub.repos[name].names() if file.startswith("model")}
+    assert len(weights) > 2
+    assert all("fp16" in file for file in weights)
+    assert tlstm("pull", name, tmp_path / "pulled", "--variant", "fp16")[0] == 0
+    assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "pulled", variant="fp16"), half)
+    saved(tmp_path / "made", 1, variant="fp16")
+    assert tlstm("push", tmp_path / "made", name)[0] == 0
+    assert {"model.safetensors", "model.fp16.safetensors"} <= hub.repos[name].names()
+    assert tlstm("pull", name, tmp_path / "other")[0] == 0
+    assert "model.fp16.safetensors" not in visible(tmp_path / "other")
+    assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "other"), plain)
+
+
+def test_a_card_for_a_folder_without_one(hub, tlstm, name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "made", extra_files={"training.json": b'{"command": "tlstm train --data sea.txt"}'})
+    (tmp_path / "made" / "README.md").unlink()
+    arguments = ("push", tmp_path / "made", name, "--license", "mit", "--card-tag", "sea", "--card-tag", "wind")
+    assert tlstm(*arguments)[0] == 0
+    card = ModelCard(hub.repos[name].find("main").files["README.md"].content.decode())
+    assert (card.data.license, card.data.tags) == ("mit", ["lstm", "sea", "wind"])
+    assert f'path = "{name}"' in card.text
+    assert "tlstm train --data sea.txt" in card.text
+    (tmp_path / "made" / "README.md").write_text("# Mine\n")
+    assert tlstm(*arguments)[0] == 0
+    card = ModelCard(hub.repos[name].find("main").files["README.md"].content.decode())
+    assert (card.data.license, card.text.strip()) == ("mit", "# Mine")
+
+
+def test_a_readme_that_is_no_card_stays(hub, tlstm, name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "made", extra_files={"loss.png": b"PNG"})
+    assert tlstm("push", tmp_path / "made", name)[0] == 0
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("My project")
+    assert tlstm("pull", name, tmp_path / "project")[0] == 0
+    assert (tmp_path / "project" / "README.md").read_text() == "My project"
+    assert visible(tmp_path / "project") == FILES | {"loss.png"}
 
 
 def test_the_former_checkpoint_goes_as_a_whole(hub, tlstm, name: str, tmp_path: Path) -> None:

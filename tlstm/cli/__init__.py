@@ -29,6 +29,7 @@ COMMANDS = {
     "pull": "fetch a checkpoint from the Hugging Face Hub into a folder",
 }
 MODULES = {"generate": "generate", "train": "train", "eval": "evaluate", "info": "info", "push": "push", "pull": "pull"}
+SECRET_FLAGS = ("--token", "--hub-token")
 TRACEBACK_VARIABLE = "TLSTM_TRACEBACK"
 EPILOG = """examples:
   tlstm generate --prompt "ROMEO:"
@@ -107,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
         _add_traceback_flag(command)
         _refuse_unknown_flags(command, arguments[arguments.index(name) + 1 :])
     args = parser.parse_args(arguments)
-    args.command_line = shlex.join(["tlstm", *arguments])  # for the records of a training run
+    args.command_line = shlex.join(["tlstm", *_without_secrets(arguments)])  # for the records of a training run
     if chosen is None:
         raise UsageError(f"no command given; expected one of {', '.join(COMMANDS)} (see `tlstm --help`)")
     return modules[chosen].run(args)
@@ -131,6 +132,16 @@ def _refuse_unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[s
         flag = argument.split("=", 1)[0]
         if flag.startswith("--") and " " not in flag and flag not in known:
             raise UsageError(f"unknown flag {flag}; {_suggest(flag, known)} (see `{parser.prog} --help`)")
+
+
+def _without_secrets(arguments: Sequence[str]) -> list[str]:
+    """The arguments without access tokens: the command line of a training run is published with its model."""
+    kept: list[str] = []
+    for index, argument in enumerate(arguments):
+        before = arguments[index - 1] if index else ""
+        if before not in SECRET_FLAGS and argument.partition("=")[0] not in SECRET_FLAGS:
+            kept.append(argument)
+    return kept
 
 
 def _suggest(word: str, known: dict) -> str:

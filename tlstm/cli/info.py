@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """Everything `info` tells, as JSON values.
+def describe_checkpoint(folder: Path, *, variant: str | None = None) -> dict[str, Any]:
+    """Everything `info` tells, as JSON values; of the weights `model.<variant>.safetensors`, where one is named.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged one. ValueError: a damaged JSON file; the message names it.
@@ -57,7 +57,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 
     def read(view: FolderView) -> dict[str, Any]:
         config = LSTMConfig.from_json(view.read_bytes("config.json"), source=str(view.folder / "config.json"))
-        with open_checkpoint(view) as weights:
+        with open_checkpoint(view, variant) as weights:
             headers = dict(weights.headers)
         sizes = {name: path.stat().st_size for name in view.names() if (path := view.path(name)) is not None}
         generation = None

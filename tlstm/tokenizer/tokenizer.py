@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlstm.hub import checkpoint_folder
+from tlstm.pushable import Pushable
 from tlstm.tokenizer import building
 from tlstm.tokenizer import files as tokenizer_files
 from tlstm.tokenizer.bulk import BulkEncoder, UnknownCharacters
@@ -36,7 +37,7 @@ FileContents = dict[str, bytes]  # named here because `Tokenizer.bytes` hides th
 PathLike = str | os.PathLike[str]
 
 
-class Tokenizer:
+class Tokenizer(Pushable):
     """Text <-> ids. Make one with `train_char`, `bytes`, `train_bpe` or `from_pretrained`.
 
     `backend` is the `tokenizers.Tokenizer` underneath, for everything this class does not wrap; `config` is the content
