@@ -20,6 +20,7 @@ from tlstm.checkpoint.files import (
     read_consistently,
     read_json,
 )
+from tlstm.checkpoint.memory import check_fits
 from tlstm.config import CONFIG_NAME, DTYPES, LSTMConfig
 
 if TYPE_CHECKING:
@@ -110,9 +111,11 @@ def load_model(
         report = compare(model, stored)
         if strict and report.problems():
             raise CheckpointError(
-                f"{folder}: the weights do not fit {model_class.__name__} with this config\n{report.problems()}\n"
+                f"{stored.source}: the weights do not fit {model_class.__name__} with this config\n"
+                f"{report.problems()}\n"
                 "Load with the class and config that saved them, or pass strict=False to load what fits"
             )
+        _check_memory(model, stored, report, dtype, device)
         _fill(model, stored, report, dtype, device)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     return model.eval(), report.info()
@@ -203,6 +206,25 @@ def _fits(tensor: Tensor, header: TensorHeader) -> bool:
 
 def _kind(tensor: Tensor) -> str:
     return "floating point" if tensor.is_floating_point() else str(tensor.dtype)
+
+
+def _check_memory(
+    model: PreTrainedModel, stored: StoredWeights, report: KeyReport, dtype: torch.dtype | None, device: torch.device
+) -> None:
+    """Refuse what the machine cannot hold: a sparse file, or with strict=False a config whose weights are in no file.
+
+    torch would find out by being killed, because Linux promises more memory than there is.
+    """
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in model._tied_weights}
+    needed = 0
+    if device.type == "cpu":
+        for name, source in report.load_from.items():
+            stored_dtype = stored.headers[source].dtype
+            wide = dtype if dtype is not None and stored_dtype.is_floating_point else stored_dtype
+            needed += tensors[name].numel() * wide.itemsize
+    if len(report.load_from) < len(tensors):  # then the model is also made afresh
+        needed += sum(tensor.nbytes for tensor in tensors.values())
+    check_fits(needed, stored.source)
 
 
 def _fill(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tlstm.checkpoint.folder_view import CheckpointError, CheckpointNotFoundError, FolderView
 from tlstm.checkpoint.json_file import read_json, what_came_instead
+from tlstm.checkpoint.tensor_header import MAX_HEADER_BYTES, check_header, check_names
 
 # What safetensors calls the dtypes that torch computes with; its 4- to 8-bit floats are refused by name.
 DTYPES = {
@@ -27,8 +28,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
+_SHARD = re.compile(r"[^./\\:][^/\\:]*\.safetensors")
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _CONVERT = (
     "convert it where you trust it: state = torch.load(file, weights_only=True); "
     "safetensors.torch.save_file(state, 'model.safetensors')"
@@ -69,9 +70,19 @@ class TensorHeader:
 
 
 class StoredWeights:
-    """An opened checkpoint: `headers` of all tensors, and the tensors themselves one at a time. Close it after use."""
+    """An opened checkpoint: `headers` of all tensors, and the tensors themselves one at a time. Close it after use.
 
-    def __init__(self, headers: dict[str, TensorHeader], handles: dict[Path, Any], stack: contextlib.ExitStack) -> None:
+    `source` is the file that tells which tensors there are: the single one, or the index of the shards.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        headers: dict[str, TensorHeader],
+        handles: dict[Path, Any],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.source = source
         self.headers = headers
         self._handles = handles
         self._stack = stack
@@ -108,24 +119,27 @@ def open_checkpoint(view: FolderView, variant: str | None = None) -> StoredWeigh
     stack = contextlib.ExitStack()
     try:
         if single is not None:
+            source = single
             handle, headers = _open_file(single, stack)
             handles = {single: handle}
         elif index is not None:
+            source = index
             handles, headers = _open_shards(view, index, stack)
         else:
             raise _nothing_there(view, variant)
     except BaseException:
         stack.close()
         raise
-    return StoredWeights(headers, handles, stack)
+    return StoredWeights(source, headers, handles, stack)
 
 
 def _open_file(path: Path, stack: contextlib.ExitStack) -> tuple[Any, dict[str, TensorHeader]]:
+    check_header(path)
     try:
         handle = stack.enter_context(safetensors.safe_open(path, framework="pt", device="cpu"))
         stored = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  (the handle is no dict)
         shapes = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in stored.items()}
-    except (safetensors.SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path}: {_what_is_wrong(path, error)}") from None
     headers = {}
     for key, (shape, dtype) in shapes.items():
@@ -143,10 +157,11 @@ def _open_shards(
         raise CheckpointError(
             f"{index}: expected a 'weight_map' of tensor names to file names; save or download it again"
         )
+    check_names(weight_map, str(index))
     for name in weight_map.values():
-        if not isinstance(name, str) or re.fullmatch(r"[^/\\:\0]+\.safetensors", name) is None or name.startswith("."):
+        if not isinstance(name, str) or not _SHARD.fullmatch(name) or not name.isprintable() or len(name) > 200:
             raise CheckpointError(
-                f"{index}: refused the shard name {name!r}: expected the name of a .safetensors file in the same "
+                f"{index}: refused the shard name {_short(name)}: expected the name of a .safetensors file in the same "
                 "folder. Do not use this checkpoint unless you know where it comes from"
             )
     handles: dict[Path, Any] = {}
@@ -202,7 +217,7 @@ def _promised_size(path: Path, start: bytes) -> int | None:
     length = int.from_bytes(start[:8], "little")
     if len(start) < 9:
         return 9
-    if start[8:9] != b"{" or length > _MAX_HEADER_BYTES:
+    if start[8:9] != b"{" or length > MAX_HEADER_BYTES:
         return None
     with path.open("rb") as file:
         header = file.read(8 + length)[8:]
@@ -232,6 +247,11 @@ def _nothing_there(view: FolderView, variant: str | None) -> CheckpointNotFoundE
     return CheckpointNotFoundError(errno.ENOENT, f"{wanted}, found {found}; check the folder, or download it again")
 
 
+def _short(name: object) -> str:
+    text = repr(name)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _some(names: list[str], limit: int = 10) -> str:
-    listed = ", ".join(map(repr, names[:limit]))
+    listed = ", ".join(map(_short, names[:limit]))
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

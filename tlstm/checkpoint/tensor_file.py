@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlstm.checkpoint.folder_swap import replace_files
-from tlstm.checkpoint.folder_view import check_is_file
+from tlstm.checkpoint.memory import check_fits
+from tlstm.checkpoint.tensor_header import check_header
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -65,13 +66,14 @@ def read_tensors(
         FileNotFoundError: no such file. ValueError: a damaged file, or one of another format; it names the file and
             `writer`, the method that makes such files.
     """
-    check_is_file(Path(path))
+    check_header(Path(path))
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, MemoryError) as error:
         raise ValueError(f"{path}: damaged or no safetensors file ({error}); write it again with {writer}") from None
+    check_fits(sum(tensor.nbytes for tensor in tensors.values()), path)
     if metadata.get("format") != expected_format:
         raise ValueError(
             f"{path}: expected a file of format {expected_format!r}, got {metadata.get('format')!r}; "

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tlstm.checkpoint.folder_swap import fsync
-from tlstm.checkpoint.folder_view import check_is_file
 from tlstm.checkpoint.json_file import read_json
 from tlstm.checkpoint.tensor_file import write_tensors
+from tlstm.checkpoint.tensor_header import check_header
 from tlstm.training.distributed import World
 
 FORMAT = "tlstm-training-1"
@@ -94,10 +94,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors = {}
     for group in groups:
         file = path / f"{group}.safetensors"
-        check_is_file(file)
         try:
+            check_header(file)
             tensors[group] = load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise ValueError(f"{file}: damaged or missing ({error}); resume from an earlier checkpoint") from None
     return Checkpoint(tensors, values)
 
