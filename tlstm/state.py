@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tlstm.checkpoint.tensor_file import read_tensors, save_tensors
+from tlstm.validation import shown
 
 FORMAT = "tlstm-state-1"
 
@@ -141,7 +142,10 @@ class LSTMState:
         layers = sum(name.startswith("h.") for name in tensors)
         expected = {f"{kind}.{layer}" for kind in "hc" for layer in range(layers)}
         if not layers or set(tensors) != expected:
-            raise ValueError(f"expected tensors h.0, c.0, ... of one LSTM state, got {sorted(tensors)}")
+            raise ValueError(f"expected tensors h.0, c.0, ... of one LSTM state, got {shown(sorted(tensors))}")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
         return cls(
             h=tuple(tensors[f"h.{layer}"] for layer in range(layers)),
             c=tuple(tensors[f"c.{layer}"] for layer in range(layers)),

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tlstm.checkpoint.json_file import parse_json
 from tlstm.checkpoint.tensor_file import read_tensors, save_tensors
-from tlstm.config import LSTMConfig
+from tlstm.config import MAX_VOCABULARY, LSTMConfig
 from tlstm.generation.philox import MAX_SEED
 from tlstm.state import LSTMState
+from tlstm.validation import check_int, shown
 
 FORMAT = "tlstm-generation-state-1"
 
@@ -123,7 +125,8 @@ class GenerationState:
         """Read a state written by `save`. Raises `ValueError` naming the file when it is not one."""
         tensors, metadata = read_tensors(path, expected_format=FORMAT, writer="GenerationState.save")
         try:
-            return cls._from_parts(tensors, json.loads(metadata["generation"])).to(device=device)
+            about = parse_json(metadata["generation"], "metadata")
+            return cls._from_parts(tensors, about).to(device=device)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged generation state ({error}); save the state again") from None
 
@@ -133,14 +136,21 @@ class GenerationState:
         recurrent = LSTMState.from_tensors(
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         )
-        seeds = about["seeds"]
-        for seed in seeds or []:
-            if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"seeds: expected 64-bit whole numbers, got {seed!r}")
+        names = [f"tokens.{row}" for row in range(recurrent.batch_size)]
+        others = {name for name in tensors if not name.startswith(prefix)} - set(names)
+        if others:
+            raise ValueError(f"expected tensors recurrent.* and tokens.*, got {shown(sorted(others))}")
+        check_int("vocab_size", about["vocab_size"], 1, MAX_VOCABULARY)
+        for name, highest in (("seeds", MAX_SEED), ("return_index", 2**32 - 1)):
+            values = about[name]
+            if not isinstance(values, list) and not (name == "seeds" and values is None):
+                raise ValueError(f"{name}: expected a list of whole numbers, got {shown(values)}")
+            for value in values or []:
+                check_int(name, value, 0, highest)
         return cls(
             recurrent=recurrent,
-            tokens=tuple(tensors[f"tokens.{row}"] for row in range(recurrent.batch_size)),
+            tokens=tuple(tensors[name] for name in names),
             vocab_size=about["vocab_size"],
-            seeds=None if seeds is None else tuple(seeds),
+            seeds=None if about["seeds"] is None else tuple(about["seeds"]),
             return_index=tuple(about["return_index"]),
         )
