@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "pretrained": {"files", "leaf", "config", "hub"},
     "generation": {"files", "leaf", "config", "kernels"},
     "models": {"layer", "functional", "leaf", "config", "pretrained", "generation"},
-    "training": {"models", "leaf", "config", "files", "pretrained", "tokenizer", "generation", "layer"},
+    "training": {"models", "leaf", "config", "files", "hub", "pretrained", "tokenizer", "generation", "layer"},
     "integrations": {"models", "leaf", "config", "files", "pretrained", "tokenizer", "generation"},
     "cli": {
         "functional",

@@ -186,7 +186,7 @@ def training(run: Mapping[str, Any]) -> str:
     ]
     listed = "\n".join(f"- {label}: {value}" for label, value in facts if value not in ("", "-"))
     closing = (
-        f"`{FIGURES_NAME}` has every setting and figure. Written by tlstm {run.get('tlstm_version', __version__)}."
+        f"`{FIGURES_NAME}` has every setting and figure. Trained with tlstm {run.get('tlstm_version', __version__)}."
     )
     return "\n\n".join(["## How it was trained", *parts, *([listed] if listed else []), closing])
 

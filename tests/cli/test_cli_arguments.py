@@ -35,7 +35,9 @@ TRAINING = {
     "eval_every": ("7", 7), "eval_window": ("8", 8), "eval_streams": ("9", 9), "save_every": ("10", 10),
     "keep_last": ("3", 3), "export": ("best", "best"), "sample_every": ("11", 11), "sample_prompt": (r"\n", "\n"),
     "sample_tokens": ("12", 12), "log_every": ("13", 13), "save_dtype": ("bfloat16", "bfloat16"),
-    "tensorboard": (None, True), "plot": (None, True), "seed": ("14", 14), "threads": ("2", 2),
+    "tensorboard": (None, True), "plot": (None, True), "hub_model_id": ("me/it", "me/it"),
+    "hub_strategy": ("end", "end"), "hub_every_steps": ("15", 15), "hub_private": (None, True),
+    "hub_revision": ("dev", "dev"), "seed": ("14", 14), "threads": ("2", 2),
 }  # fmt: skip
 MODEL = {
     "hidden_size": ("8", 8), "num_layers": ("3", 3), "layer_sizes": ("[5,6]", [5, 6]), "embedding_size": ("4", 4),

@@ -94,6 +94,27 @@ def check_folder(out: Path, *, resume: bool) -> None:
         raise NotADirectoryError(f"--out {out}: expected a folder, found a file")
 
 
+def fetch_run(resume: bool | str, out: Path, *, token: str | None, world: World) -> str | None:
+    """Where `--resume` names a Hub repo, make `out` its run (process 0 does); the repo and step in words.
+
+    Raises:
+        ValueError: `out` holds a run. FileNotFoundError: no training state in the repo, or neither path nor repo.
+    """
+    from tlstm.training.pull import pull_run
+
+    if not isinstance(resume, str) or Path(resume).exists() or resume.count("/") != 1 or resume[0] in "./~":
+        return None
+    source = ModelSource.parse(resume)
+    if world.is_main:
+        try:
+            pull_run(source.name, out, revision=source.revision, token=token)
+        except Exception as error:  # a mistyped path looks like a repo id
+            error.add_note(f"there is no checkpoint {resume!r} here, so it was looked for on the Hub")
+            raise
+    world.barrier()
+    return str(source)
+
+
 # ---- model and tokenizer ---------------------------------------------------------------------------------------------
 
 

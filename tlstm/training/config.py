@@ -7,6 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from tlstm.validation import check_choice, check_int, check_number
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -14,6 +17,7 @@ SCHEDULES = ("cosine", "linear", "constant", "step", "plateau")
 AUTOCAST = (None, "bf16", "fp16")
 SAVE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXPORTS = ("last", "best")
+HUB_STRATEGIES = ("end", "every_save", "checkpoint")
 
 
 @dataclass
@@ -53,6 +57,14 @@ class TrainingConfig:
         sample_prompt: what samples continue. sample_tokens: how many tokens they add.
         save_dtype: storage dtype of the exported weights; the final figures are measured on the weights as stored.
         tensorboard: also write TensorBoard events (`train` extra). plot: write the loss curve (`plot` extra).
+    Hub:
+        hub_model_id: repo "user/name" of the Hugging Face Hub to push the model to, made if missing; `None` pushes
+            nothing. Pushes run beside the training; one that fails is a warning, and costs the run nothing.
+        hub_strategy: `"end"` pushes the finished model; `"every_save"` also the model as it stands, in between;
+            `"checkpoint"` the same together with the training state, with which `tlstm train --resume user/name` goes
+            on elsewhere, bit for bit.
+        hub_every_steps: steps between two pushes; 0 means with every checkpoint. hub_private: make a missing repo a
+            private one. hub_revision: branch to push to, made if missing; `None` is the main branch.
     Machine:
         seed: of initial draws, dropout and offsets. threads: CPU threads of torch, 0 leaves them as they are.
     """
@@ -94,6 +106,11 @@ class TrainingConfig:
     save_dtype: str = "float32"
     tensorboard: bool = False
     plot: bool = True
+    hub_model_id: str | None = None
+    hub_strategy: str = "every_save"
+    hub_every_steps: int = 0
+    hub_private: bool = False
+    hub_revision: str | None = None
     seed: int = 1
     threads: int = 0
 
@@ -104,9 +121,10 @@ class TrainingConfig:
             check_int(name, getattr(self, name), 1)
         for name in ("warmup_steps", "decay_after", "eval_every", "save_every", "sample_every", "seed", "threads"):
             check_int(name, getattr(self, name), 0)
+        check_int("hub_every_steps", self.hub_every_steps, 0)
         if self.max_steps is not None:
             check_int("max_steps", self.max_steps, 1)
-        for name in ("random_window", "tensorboard", "plot"):
+        for name in ("random_window", "tensorboard", "plot", "hub_private"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         check_number("epochs", self.epochs, "(0, inf)")
@@ -129,10 +147,25 @@ class TrainingConfig:
         check_choice("autocast", self.autocast, AUTOCAST)
         check_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
         check_choice("export", self.export, EXPORTS)
+        check_choice("hub_strategy", self.hub_strategy, HUB_STRATEGIES)
+        self._check_hub()
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"gradient_accumulation: expected a divisor of batch_size {self.batch_size}, "
                 f"got {self.gradient_accumulation}"
+            )
+
+    def _check_hub(self) -> None:
+        if self.hub_model_id is None:
+            return
+        try:
+            validate_repo_id(self.hub_model_id)
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id: expected a repo of the Hub such as 'user/name' ({error})") from None
+        if self.hub_strategy == "end" and self.hub_every_steps:
+            raise ValueError(
+                f"hub_every_steps: hub_strategy 'end' pushes once, at the end, and not every {self.hub_every_steps} "
+                "steps; leave one of the two out"
             )
 
     def to_dict(self) -> dict[str, Any]:

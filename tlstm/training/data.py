@@ -15,6 +15,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tlstm.tokenizer.tokenizer import Tokenizer
+    from tlstm.training.config import TrainingConfig
+    from tlstm.training.distributed import World
 
 _BLOCK = 1 << 24  # ids looked at in one go
 
@@ -88,6 +90,19 @@ class TrainingData:
             for start in range(0, 0 if ids is None else len(ids), _BLOCK):
                 digest.update(np.ascontiguousarray(ids[start : start + _BLOCK], dtype="<u4").data)  # type: ignore[index]
         return digest.hexdigest()
+
+
+def read_text(config: TrainingConfig, tokenizer: Tokenizer | None, cache_dir: Path, world: World) -> TrainingData:
+    """The data that `config` names; process 0 tokenises, the others find the cache that it has written."""
+    if config.data is None:
+        raise ValueError("expected data to train on: set `data` in the training config, or pass token ids")
+    if tokenizer is None:
+        raise ValueError("tokenizer: training on text files needs one; pass it, or pass token ids as `data`")
+    options: dict[str, Any] = {"valid_path": config.valid_data, "valid_fraction": config.valid_fraction}
+    if world.is_main:
+        TrainingData.from_text(config.data, tokenizer, cache_dir, **options)
+    world.barrier()
+    return TrainingData.from_text(config.data, tokenizer, cache_dir, **options)
 
 
 def as_ids(ids: Sequence[int] | np.ndarray | Tensor, name: str) -> np.ndarray:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from tlstm.model_card import CURVE_NAME, FIGURES_NAME
 from tlstm.training import checkpoint, plot
 from tlstm.training.evaluate import Evaluation, evaluate_stream, evaluate_windows
 from tlstm.version import __version__
@@ -23,13 +25,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_DIR = "model"
-FIGURES_NAME = "training.json"
 COLD_WINDOW = 256
 SAMPLE_TEMPERATURE = 0.8
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Write `out_dir/model` and the loss curve; returns the figures in its `training.json`.
+    """Write the loss curve and `out_dir/model` with its card; returns the figures in its `training.json`.
 
     The figures are measured, in the training's own precision without autocast, on the weights as they are stored: after
     rounding to `save_dtype`.
@@ -46,31 +47,47 @@ def finish(trainer: Trainer) -> dict[str, Any]:
             evaluate_windows(model, trainer.data.valid, COLD_WINDOW, tokenizer=trainer.tokenizer),
         ]
     figures = describe(trainer, step, evaluations)
-    text = json.dumps(figures, indent=2) + "\n"
+    files = {FIGURES_NAME: (json.dumps(figures, indent=2) + "\n").encode()}
+    if trainer.config.plot and (curves := plot.write_loss_curve(trainer.out_dir)):
+        files[CURVE_NAME] = curves[0].read_bytes()  # the picture of the model card
     model.to(stored)
-    model.save_pretrained(
-        trainer.out_dir / MODEL_DIR, tokenizer=trainer.tokenizer, extra_files={FIGURES_NAME: text.encode()}
-    )
+    model.save_pretrained(trainer.out_dir / MODEL_DIR, tokenizer=trainer.tokenizer, extra_files=files)
     for result in evaluations:
         logger.info("valid %.4f nats/token: %s, %d tokens", result.loss, result.protocol, result.tokens)
-    if trainer.config.plot:
-        plot.write_loss_curve(trainer.out_dir)
     return figures
 
 
 def exported_model(trainer: Trainer) -> tuple[LSTMForCausalLM, int]:
     """A copy of the model with the weights to export (averaged where there is an average), and their step."""
     model = copy.deepcopy(trainer.model).eval()
+    tensors, step = exported_tensors(trainer)
+    checkpoint.fill_parameters(model, tensors, Path(MODEL_DIR))
+    return model, step
+
+
+def host_copy(trainer: Trainer) -> tuple[LSTMForCausalLM, int]:
+    """The same in the CPU's memory and in the stored dtype, at the cost of one transfer; draws no random numbers."""
+    tensors, step = exported_tensors(trainer)
+    stored = getattr(torch, trainer.config.save_dtype)
+    # What `deepcopy` finds in its memo it takes for a copy it has made already.
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(tensors[name].detach().to("cpu", stored, copy=True), requires_grad=False)
+        for name, parameter in trainer.model.named_parameters()
+    }
+    return copy.deepcopy(trainer.model, memo).eval().to("cpu"), step
+
+
+def exported_tensors(trainer: Trainer) -> tuple[dict[str, Tensor], int]:
+    """The weights to export by parameter name, and their step; those of the best step come from its checkpoint."""
     progress = trainer.progress
     if trainer.config.export == "best" and progress.best_step not in (None, progress.step):
         assert progress.best_step is not None
         path = checkpoint.checkpoint_path(trainer.checkpoint_dir, progress.best_step)
         tensors = checkpoint.read_checkpoint(path).tensors
-        checkpoint.fill_parameters(model, tensors["average" if trainer.average is not None else "model"], path)
-        return model, progress.best_step
+        return tensors["average" if trainer.average is not None else "model"], progress.best_step
     if trainer.average is not None:
-        checkpoint.fill_parameters(model, trainer.average.tensors, Path(MODEL_DIR))
-    return model, progress.step
+        return trainer.average.tensors, progress.step
+    return dict(trainer.model.named_parameters()), progress.step
 
 
 def describe(trainer: Trainer, step: int, evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -90,6 +107,7 @@ def describe(trainer: Trainer, step: int, evaluations: list[Evaluation]) -> dict
         },
         "parameters": trainer.model.num_parameters(),
         "steps": progress.step,
+        "total_steps": trainer.total_steps,
         "exported_step": step,
         "epochs": round(trainer.batches.epochs_done, 3),
         "tokens": progress.tokens,
@@ -98,6 +116,11 @@ def describe(trainer: Trainer, step: int, evaluations: list[Evaluation]) -> dict
         "weights": "exponential moving average" if trainer.average is not None else "as trained",
         "train": {"protocol": "mean of the last epoch while training, dropout on", "loss": progress.train_loss},
         "valid": [result.to_dict() for result in evaluations],
+        "latest_valid": {
+            "step": progress.valid_step,
+            "loss": progress.valid_loss,
+            "protocol": progress.valid_protocol,
+        },
         "best_valid": {"step": progress.best_step, "loss": progress.best_loss},
         "training_config": config.to_dict(),
     }

@@ -15,7 +15,8 @@ def write_loss_curve(out_dir: str | os.PathLike[str], *, name: str = "loss_curve
     """Plot training and validation loss over tokens into `<name>.png` and `<name>.svg`.
 
     Returns:
-        The files written; none, with a line in the log, where matplotlib (the `plot` extra) is not installed.
+        The files written, the PNG first; none, with a line in the log, where matplotlib (the `plot` extra) is not
+        installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -14,7 +14,8 @@ class Progress:
     Fields:
         step: optimiser steps taken. tokens: tokens trained on, over all processes. seconds: wall time of training,
             over all resumptions.
-        valid_loss: the latest validation loss, nats per token. best_loss, best_step: the lowest and its step.
+        valid_loss, valid_step, valid_protocol: the latest validation loss, nats per token, its step, how it was
+            measured. best_loss, best_step: the lowest and its step.
         train_loss: mean training loss of the last complete epoch, measured while training (dropout on).
     """
 
@@ -23,15 +24,17 @@ class Progress:
     seconds: float = 0.0
     train_loss: float | None = None
     valid_loss: float | None = None
+    valid_step: int | None = None
+    valid_protocol: str | None = None
     best_loss: float | None = None
     best_step: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def observe(self, valid_loss: float) -> bool:
+    def observe(self, valid_loss: float, protocol: str) -> bool:
         """Take in a validation loss; whether it is the best so far."""
-        self.valid_loss = valid_loss
+        self.valid_loss, self.valid_step, self.valid_protocol = valid_loss, self.step, protocol
         if self.best_loss is not None and valid_loss >= self.best_loss:
             return False
         self.best_loss, self.best_step = valid_loss, self.step
@@ -45,7 +48,8 @@ class TrainingResult:
     Fields:
         status: `"finished"` or `"interrupted"`. signal: number of the signal that interrupted the run, if one did.
         step: steps taken. checkpoint: the newest checkpoint. model_dir: the exported model of a finished run.
-        figures: the content of its `training.json`.
+        figures: the content of its `training.json`. hub_url: of the commit with the finished model, where the run
+            pushes to the Hub and that went through.
     """
 
     status: str
@@ -54,6 +58,7 @@ class TrainingResult:
     checkpoint: Path | None = None
     model_dir: Path | None = None
     figures: dict[str, Any] | None = None
+    hub_url: str | None = None
 
     @property
     def exit_code(self) -> int:

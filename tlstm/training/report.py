@@ -41,7 +41,7 @@ def evaluation(trainer: Trainer) -> bool:
     if not math.isfinite(result.loss):
         where = f"the validation loss is {result.loss} at step {progress.step}"
         raise FloatingPointError(f"{where}; lower lr and resume from the last checkpoint")
-    improved = progress.observe(result.loss)
+    improved = progress.observe(result.loss, result.protocol)
     if trainer.config.schedule == "plateau":
         trainer.plateau.observe(result.loss)
     record(trainer, "valid", valid_loss=result.loss, perplexity=result.perplexity, protocol=result.protocol)

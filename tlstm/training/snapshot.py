@@ -24,7 +24,8 @@ CONFIG_NAME = "training_config.json"
 # `valid_data` are paths: what counts is the content, which is compared by its hash.
 _FREE = {
     "data", "valid_data", "keep_last", "save_every", "sample_every", "sample_prompt", "sample_tokens", "log_every",
-    "save_dtype", "export", "tensorboard", "plot", "threads",
+    "save_dtype", "export", "tensorboard", "plot", "threads", "hub_model_id", "hub_strategy", "hub_every_steps",
+    "hub_private", "hub_revision",
 }  # fmt: skip
 # Where the learning rate does not depend on the length of the run, a run may be lengthened.
 _LENGTH = {"epochs", "max_steps"}

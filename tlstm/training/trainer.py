@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from tlstm.training import export, report, snapshot
 from tlstm.training.config import TrainingConfig
-from tlstm.training.data import TrainingData
+from tlstm.training.data import TrainingData, read_text
 from tlstm.training.distributed import join_world, synchronising, wrap
 from tlstm.training.evaluate import Evaluation, evaluate_stream
 from tlstm.training.interrupt import StopRequest
 from tlstm.training.log import RunLog
 from tlstm.training.optimizer import AveragedWeights, make_optimizer
 from tlstm.training.progress import Progress, TrainingResult
+from tlstm.training.pushes import RunPushes, is_due
 from tlstm.training.schedule import Plateau, learning_rate
 from tlstm.training.streams import Batch, StreamBatches
 
@@ -56,6 +57,8 @@ class Trainer:
         data: token ids, instead of the files that `config.data` names.
         device: defaults to this process's GPU where there is one, else the CPU.
         command: the command line to note in the exported `training.json`; a resumed run keeps its first one.
+        hub_token: access token for the pushes that `config` asks for, instead of the one of `hf auth login`; it is
+            stored nowhere.
         callbacks: each is called with every log record, a dictionary with `event` and `step`, in process 0.
 
     Raises:
@@ -72,11 +75,13 @@ class Trainer:
         data: TrainingData | None = None,
         device: torch.device | str | None = None,
         command: str | None = None,
+        hub_token: str | None = None,
         callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self.config = config if config is not None else TrainingConfig()
         self.tokenizer, self.callbacks = tokenizer, list(callbacks)
         self.command = command or shlex.join([Path(sys.executable).name, *sys.argv])
+        self.hub_token = hub_token
         self.out_dir = Path(out_dir)
         self.checkpoint_dir = self.out_dir / "checkpoints"
         self.world = join_world(device)
@@ -90,7 +95,7 @@ class Trainer:
         if self.config.sample_every and tokenizer is None:
             raise ValueError("sample_every: samples during training need a tokenizer; pass one, or set it to 0")
         self.model = model.to(self.world.device)
-        self.data = data if data is not None else self._read_text()
+        self.data = data if data is not None else read_text(self.config, tokenizer, self.out_dir / "data", self.world)
         self.data.check_vocabulary(model.config.vocab_size)
         if self.data.valid is not None and len(self.data.valid) < 2:
             raise ValueError(
@@ -149,7 +154,7 @@ class Trainer:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         snapshot.begin(self, resume)
-        with self._stop, closing(self.log), self._bar() as bar:
+        with self._stop, closing(self.log), closing(RunPushes(self)) as self.pushes, self._bar() as bar:
             self._clock = time.monotonic() - self.progress.seconds
             self.mark = (self.progress.tokens, self.progress.seconds)
             interrupted = self._should_stop()
@@ -163,12 +168,14 @@ class Trainer:
                 self._after_step(batch, bar)
                 interrupted = self._should_stop()
             path = snapshot.save(self)
+            self._stop_asked = False  # the same trainer may go on later
             if self.progress.step < self.total_steps:
-                self._stop_asked = False  # the same trainer may go on later
+                self.pushes.settle()
                 return TrainingResult("interrupted", self.progress.step, self._stop.signal, path)
             figures = export.finish(self) if self.world.is_main else None
+            hub_url = self.pushes.finish()
         model_dir = self.out_dir / export.MODEL_DIR
-        return TrainingResult("finished", self.progress.step, None, path, model_dir, figures)
+        return TrainingResult("finished", self.progress.step, None, path, model_dir, figures, hub_url)
 
     def request_stop(self) -> None:
         """Stop after the running step, as a SIGTERM would; may be called from a callback."""
@@ -242,8 +249,11 @@ class Trainer:
             improved = report.evaluation(self)
         if config.sample_every and step % config.sample_every == 0:
             report.sample(self)
-        if not last and (_due(step, config.save_every, batch.ends_epoch) or (improved and config.export == "best")):
+        saved = not last and (_due(step, config.save_every, batch.ends_epoch) or (improved and config.export == "best"))
+        if saved:
             snapshot.save(self)
+        if not last and is_due(self, saved):
+            self.pushes.push()
         # The speed in the next record is that of training alone.
         self.mark = (self.mark[0], self.mark[1] + time.monotonic() - begun)
 
@@ -261,26 +271,15 @@ class Trainer:
             )
         return mean
 
-    def _read_text(self) -> TrainingData:
-        config = self.config
-        if config.data is None:
-            raise ValueError("expected data to train on: set `data` in the training config, or pass token ids")
-        if self.tokenizer is None:
-            raise ValueError("tokenizer: training on text files needs one; pass it, or pass token ids as `data`")
-        read = lambda: TrainingData.from_text(  # noqa: E731
-            config.data, self.tokenizer, self.out_dir / "data",
-            valid_path=config.valid_data, valid_fraction=config.valid_fraction,
-        )  # fmt: skip
-        if self.world.is_main:
-            read()
-        self.world.barrier()  # the others find the cache that the first has written
-        return read()
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal or `request_stop` has come to this process."""
+        return self._stop_asked or self._stop.signal is not None
 
     def _should_stop(self) -> bool:
-        asked = self._stop_asked or self._stop.signal is not None
         if self.world.size > 1 and self.progress.step % STOP_POLL_STEPS:
             return False
-        return self.world.any(asked)
+        return self.world.any(self.asked_to_stop)
 
     def _bar(self) -> tqdm[Any]:
         hidden = None if self.world.is_main else True  # None: hidden where stderr is not a terminal
