@@ -31,6 +31,7 @@ ROOMS = {
     "models": ["models"],
     "training": ["training"],
     "integrations": ["integrations"],
+    "benchmark": ["benchmark"],
     "cli": ["cli", "__main__"],
 }
 # Room -> the rooms that its modules may import besides their own. `checks` and `kernels` are those of tlstm_kernels.
@@ -50,7 +51,9 @@ MAY_IMPORT = {
     "models": {"layer", "functional", "leaf", "config", "pretrained", "generation"},
     "training": {"models", "leaf", "config", "files", "hub", "pretrained", "tokenizer", "generation", "layer"},
     "integrations": {"models", "leaf", "config", "files", "pretrained", "tokenizer", "generation"},
+    "benchmark": {"kernels", "checks", "functional", "layer", "leaf", "config", "models"},
     "cli": {
+        "benchmark",
         "functional",
         "layer",
         "leaf",

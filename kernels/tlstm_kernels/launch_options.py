@@ -6,6 +6,8 @@ environment variables TLSTM_PLAN and TLSTM_MAX_SPINS do, as they were at the fir
 
     TLSTM_PLAN="forward: units=8 rows=16; backward: regime=streamed"    fields of `launch_plan.LaunchPlan`
     TLSTM_MAX_SPINS=1000000    give a wait up after so many loads, and report which program waited for what
+
+(TLSTM_PLAN_TABLE names a file of measured plans: see `plan_table`.)
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 from .cost_model import ITEM_SIZE, fits_registers, shared_memory_bytes, step_cost
 from .gpu import GPU
 from .launch_plan import REGIMES, LaunchPlan, PlanError
+from .plan_table import plans_of_gpu
 
 UNITS = (4, 8, 16, 32, 64, 128)
 ROWS = (8, 16, 32, 64, 128)
@@ -68,8 +69,9 @@ def _choose(
     if dtype not in ITEM_SIZE or pinned.get("regime") == "per_step":
         return fallback
     if not pinned:
-        measured = _measured(kernel, H, B, dtype, gpu)
-        pinned, source = (measured, "measured") if measured else ({}, source)
+        pinned = dict(_measured(kernel, H, B, dtype, gpu))
+        source = "measured" if pinned else source
+        _check_pins(pinned)
     common: dict[str, Any] = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "dtype": dtype, "precision": precision}
     plans = _runnable(common, gpu, pinned, excluded)
     if not plans and source == "measured":
@@ -162,11 +164,14 @@ def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
     return None
 
 
-def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> dict[str, int | str]:
+def _measured(kernel: str, H: int, B: int, dtype: str, gpu: GPU) -> Mapping[str, int | str]:
     """The entry of the smallest measured batch that covers B."""
     same = (gpu.arch, gpu.multiprocessors, kernel, dtype, H)
-    covering = [key for key in MEASURED if key[:5] == same and key[5] >= B]
-    return MEASURED[min(covering, key=lambda key: key[5])] if covering else {}
+    for table in (plans_of_gpu(gpu.arch, gpu.multiprocessors), MEASURED):  # a user's own comes first
+        covering = [key for key in table if key[:5] == same and key[5] >= B]
+        if covering:
+            return table[min(covering, key=lambda key: key[5])]
+    return {}
 
 
 _PINNABLE: dict[str, tuple[int | str, ...] | None] = {

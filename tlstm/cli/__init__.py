@@ -25,10 +25,11 @@ COMMANDS = {
     "train": "train a model on text files",
     "eval": "measure loss and perplexity of a model on a text",
     "info": "say what a checkpoint is, without loading it",
+    "bench": "time LSTM layers beside one another on this machine",
     "push": "send a checkpoint folder to the Hugging Face Hub",
     "pull": "fetch a checkpoint from the Hugging Face Hub into a folder",
 }
-MODULES = {"generate": "generate", "train": "train", "eval": "evaluate", "info": "info", "push": "push", "pull": "pull"}
+MODULES = {name: name for name in COMMANDS} | {"eval": "evaluate"}
 SECRET_FLAGS = ("--token", "--hub-token")
 TRACEBACK_VARIABLE = "TLSTM_TRACEBACK"
 EPILOG = """examples:
