@@ -49,7 +49,7 @@ class DecodeProblem(Problem):
             self.decoder = Decoder(workload).requires_grad_(False).to(self.dtype).to(self.device)
             with torch.no_grad():  # livelier than a fresh model, which writes the same few tokens whatever its state
                 for parameter in self.decoder.lstm.parameters():
-                    parameter *= LIVELY
+                    parameter.mul_(LIVELY)
                 self.decoder.head.bias.zero_()
             prompts = [torch.randint(workload.vocab, (workload.B, 1)) for _ in range(input_sets)]
         self.xs = [prompt.to(self.device) for prompt in prompts]

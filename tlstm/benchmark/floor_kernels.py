@@ -33,7 +33,7 @@ def exchange_kernel(
     if error_ptr is not None:
         error_ptr += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
     for step in range(T):
-        slot = (buffer_ptr + step.to(tl.int64) * B * K) + rows * K
+        slot = buffer_ptr + (step * B + rows).to(tl.int64) * K
         here = row_mask & (step > 0)
         before = slot - B * K
         if K % 16 == 0:
