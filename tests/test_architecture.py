@@ -19,7 +19,7 @@ LONGEST_FILE = 300
 # Room -> the modules directly under `tlstm` that are in it; a folder is a room as a whole.
 ROOMS = {
     "functional": ["functional", "functional_*"],
-    "layer": ["layer"],
+    "layer": ["layer", "layer_arguments"],
     "leaf": ["state", "validation", "version"],
     "config": ["config"],
     "pushable": ["pushable"],

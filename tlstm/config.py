@@ -40,8 +40,10 @@ class LSTMConfig(Pushable):
             `hidden_size` and `num_layers`.
         embedding_size: width of the token embedding; `None` means the first layer's output width.
         proj_size: recurrent projection in every layer, as in `torch.nn.LSTM` (Sak et al. 2014); 0 means none.
+        num_heads: blocks of a block-diagonal recurrent weight in every layer (`tlstm.LSTM`); 1 means the usual LSTM.
         output_projection: a linear map from the last layer's width to `embedding_size` before the head, which lets a
             wide model tie its head to a narrower embedding.
+        recompute: less memory in training for one more product in the backward pass (`tlstm.LSTM`).
     Wiring:
         residual: from the second layer on, add a layer's input to its output where the two widths agree.
         bias: biases in the LSTM layers. head_bias: bias in the language-model head.
@@ -72,6 +74,8 @@ class LSTMConfig(Pushable):
     layer_sizes: list[int] | None = None
     embedding_size: int | None = None
     proj_size: int = 0
+    num_heads: int = 1
+    recompute: bool = False
     output_projection: bool = False
     residual: bool = False
     bias: bool = True
@@ -212,9 +216,15 @@ class LSTMConfig(Pushable):
                 f"proj_size: expected less than every layer's width {self.widths}, got {self.proj_size}; "
                 "a recurrent projection must narrow the state (0 means none)"
             )
+        check_int("num_heads", self.num_heads, 1, MAX_WIDTH)
+        if any(width % self.num_heads for width in self.widths) or (self.num_heads > 1 and self.proj_size):
+            raise ValueError(
+                f"num_heads: expected a divisor of every layer's width {self.widths}, and 1 beside a projection; got "
+                f"{self.num_heads} with proj_size {self.proj_size}"
+            )
 
     def _check_choices(self) -> None:
-        for name in ("output_projection", "residual", "bias", "head_bias", "tie_word_embeddings"):
+        for name in ("output_projection", "residual", "bias", "head_bias", "tie_word_embeddings", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         for name in _DROPOUTS:

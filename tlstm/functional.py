@@ -11,23 +11,25 @@ Every backend takes the same arguments and gives the same results; `explain_back
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from tlstm_kernels.checks import check_choice, check_reset_state, check_resets
-from tlstm_kernels.layer_op import lstm_layer
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from tlstm.functional_native import run_native, run_native_packed
-from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, State, Weights
+from tlstm.functional_dropout import seed_tensor
+from tlstm.functional_layers import Runner, run_kernels, run_reference
+from tlstm.functional_native import run_native
+from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights
 
 BACKENDS = ("auto", "triton", "native", "reference")
 # Whether `auto` means the kernels on a GPU that can run them. They pass every test that needs no GPU, but have met none
 # yet: to be switched on with the first recorded run of benchmarks/gpu_check.sh. Until then ask for them by name.
 TRITON_BY_DEFAULT = False
-# A backend is one of these: (x, hx, weights, options, call) -> y, (h_n, c_n).
-_Runner = Callable[[Tensor, State, Weights, LSTMOptions, Call], tuple[Tensor, State]]
+_RUNNERS: dict[str, Runner] = {"native": run_native, "reference": run_reference, "triton": run_kernels}
+
+Seed = int | Tensor | torch.Generator
 
 
 def lstm(
@@ -39,7 +41,9 @@ def lstm(
     backend: str = "auto",
     resets: Tensor | None = None,  # (T, B) bool or integer
     reset_state: State | None = None,  # h (L*D, B, P), c (L*D, B, H)
-) -> tuple[Tensor, State]:
+    dropout_seed: Seed | None = None,
+    return_cell_states: bool = False,
+) -> Any:
     """Run a stacked LSTM over a padded batch, time first.
 
     With `lengths`, each row's state is frozen after its length, so that h_n and c_n are those of its last token, and
@@ -51,22 +55,33 @@ def lstm(
     for the first, and does nothing to the second, which ends there.) In the padding a reset does nothing. The native
     backend looks at the values, which waits for a GPU, and runs the pieces between resets as rows of one packed batch.
 
+    `dropout_seed` (a number below 2**64, an integer tensor of one element, or a generator that draws one) makes the
+    masks between layers a function of the seed alone: `functional_dropout`. Without it they come from torch's own
+    generator.
+
+    `return_cell_states` asks for c after every step, differentiable like the rest. The native backend has none, so that
+    the equations (`reference`) stand in for it.
+
     Returns:
-        y (T, B, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)).
+        y (T, B, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), and with `return_cell_states` a tuple of one (T, B, D*H) for
+        each layer, zero past a row's length.
 
     Raises:
-        ValueError: unknown backend; resets of another shape or dtype; a reset_state without resets.
+        ValueError: unknown backend; resets of another shape or dtype; a reset_state without resets; no seed.
         BackendUnavailableError: the backend cannot run on x's device; the message says why.
     """
     if resets is not None:
         check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
     check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
-    run = _RUNNERS[_pick(backend, x, options)]
+    name, seed = _pick(backend, x, return_cell_states), seed_tensor(dropout_seed, x.device)
     if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
-        width = hx[0].shape[-1] * options.num_directions
-        return x.new_zeros(0, x.shape[1], width), hx
-    return run(x, hx, weights, options, Call(lengths, resets, reset_state))
+        D, cells = options.num_directions, x.new_zeros(0, x.shape[1], hx[1].shape[-1] * options.num_directions)
+        result = Result(x.new_zeros(0, x.shape[1], hx[0].shape[-1] * D), hx, (cells,) * options.num_layers)
+    else:
+        call = Call(lengths, resets, reset_state, seed, return_cell_states)
+        result = _RUNNERS[name](x, hx, weights, options, call)
+    return tuple(result) if return_cell_states else (result.y, result.state)
 
 
 def lstm_packed(
@@ -76,26 +91,35 @@ def lstm_packed(
     weights: Weights,  # flat, as in `lstm`
     options: LSTMOptions,
     backend: str = "auto",
-) -> tuple[Tensor, State]:
+    dropout_seed: Seed | None = None,
+    rows: Tensor | None = None,  # (B,) sorted_indices of the PackedSequence, by which a seed's masks go
+    return_cell_states: bool = False,
+) -> Any:
     """`lstm` over the data of a PackedSequence whose rows are sorted by length, longest first.
 
     Returns:
-        data of the output (N, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), rows in the packed order.
+        data of the output (N, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), rows in the packed order, and with
+        `return_cell_states` a tuple of one (N, D*H) for each layer.
     """
-    name = _pick(backend, data, options)
+    name, seed = _pick(backend, data, return_cell_states), seed_tensor(dropout_seed, data.device)
+    call = Call(dropout_seed=seed, with_cells=return_cell_states, batch_sizes=batch_sizes, rows=rows)
     if name == "native":
-        return run_native_packed(data, batch_sizes, hx, weights, options)
-    return _padded_and_packed(_RUNNERS[name], data, batch_sizes, hx, weights, options)
+        result = run_native(data, hx, weights, options, call)
+    else:
+        result = _padded_and_packed(_RUNNERS[name], data, hx, weights, options, call)
+    return tuple(result) if return_cell_states else (result.y, result.state)
 
 
 @torch.compiler.disable  # the number of its operations depends on the lengths
 def _padded_and_packed(
-    run: _Runner, data: Tensor, batch_sizes: Tensor, hx: State, weights: Weights, options: LSTMOptions
-) -> tuple[Tensor, State]:
+    run: Runner, data: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call
+) -> Result:
     # The lengths come from batch_sizes, which is on the CPU: nothing here waits for a GPU.
-    padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-    y, state = run(padded, hx, weights, options, Call(lengths))
-    return pack_padded_sequence(y, lengths).data, state
+    assert call.batch_sizes is not None
+    padded, lengths = pad_packed_sequence(PackedSequence(data, call.batch_sizes))
+    y, state, cells = run(padded, hx, weights, options, call._replace(lengths=lengths, batch_sizes=None))
+    data, *packed_cells = (pack_padded_sequence(part, lengths).data for part in (y, *cells))
+    return Result(data, state, tuple(packed_cells))
 
 
 def resolve_backend(name: str, device: torch.device | str) -> str:
@@ -153,54 +177,9 @@ def _why_no_triton(device_type: str | None, index: int | None) -> str | None:
     return None
 
 
-def _pick(backend: str, x: Tensor, options: LSTMOptions) -> str:
-    """`resolve_backend`, where `auto` also leaves to torch what the kernels would only run step by step."""
+def _pick(backend: str, x: Tensor, with_cells: bool) -> str:
+    """`resolve_backend`, where `auto` leaves to torch what the kernels would only run step by step."""
     name = resolve_backend(backend, x.device)
-    if backend == "auto" and name == "triton" and (x.dtype == torch.float64 or options.proj_size > 0):
-        return "native"
-    return name
-
-
-def _run_reference(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
-    return _run_layers(x, hx, weights, options, call, "reference")
-
-
-def _run_triton(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
-    return _run_layers(x, hx, weights, options, call, "triton")
-
-
-def _run_layers(
-    x: Tensor,  # (T, B, I)
-    hx: State,
-    weights: Weights,
-    options: LSTMOptions,
-    call: Call,
-    backend: str,
-) -> tuple[Tensor, State]:
-    """One `lstm_layer` after another: opaque to torch.compile, cast by autocast as torch's own LSTM is."""
-    lengths, resets = (None if t is None else t.to(x.device, non_blocking=True) for t in (call.lengths, call.resets))
-    D, n = options.num_directions, options.weights_per_direction * options.num_directions
-    h_n: list[Tensor] = []
-    c_n: list[Tensor] = []
-    for layer in range(options.num_layers):
-        if layer > 0 and options.dropout > 0:
-            x = torch.nn.functional.dropout(x, options.dropout, options.training)
-        states = slice(layer * D, (layer + 1) * D)
-        x, h, c = lstm_layer(
-            x,
-            hx[0][states],
-            hx[1][states],
-            weights[layer * n : (layer + 1) * n],
-            lengths,
-            resets,
-            *((None, None) if call.reset_state is None else (state[states] for state in call.reset_state)),
-            backend=backend,
-        )
-        h_n.append(h)
-        c_n.append(c)
-    if len(h_n) == 1:
-        return x, (h_n[0], c_n[0])
-    return x, (torch.cat(h_n), torch.cat(c_n))
-
-
-_RUNNERS: dict[str, _Runner] = {"native": run_native, "reference": _run_reference, "triton": _run_triton}
+    if backend == "auto" and name == "triton" and x.dtype == torch.float64:
+        name = "native"
+    return "reference" if with_cells and name == "native" else name

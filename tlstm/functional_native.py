@@ -6,35 +6,55 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tlstm_kernels.layer_weights import dense_recurrent
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
+from tlstm.functional_layers import run_layers
 from tlstm.functional_native_resets import Cuts, cut
-from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, State, Weights
+from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights
 
 
 def run_native(
-    x: Tensor,  # (T, B, I)
+    x: Tensor,  # (T, B, I), or packed (N, I)
     hx: State,
     weights: Weights,
     options: LSTMOptions,
     call: Call,
-) -> tuple[Tensor, State]:
-    """Run torch's own LSTM over a padded batch; returns y (T, B, D*P), (h_n, c_n)."""
-    if call.resets is None:
-        return _outside_graph(_run_native, x, hx, weights, options, call.lengths)
-    return _outside_graph(_run_native_with_resets, x, hx, weights, options, call)
+) -> Result:
+    """Run torch's own LSTM; returns y (T, B, D*P), or (N, D*P), and (h_n, c_n)."""
+    if options.drops and call.dropout_seed is not None:
+        return run_layers(run_native, x, hx, weights, options, call)  # torch's stack draws its masks itself
+    weights = _dense(weights, options)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *(call.reset_state or ()), *weights))
+    if options.recompute and needs_grad and not torch.compiler.is_exporting():
+        y, state = _outside_graph(_recomputed, x, hx, weights, options, call)
+    else:
+        y, state = _outside_graph(_run, x, hx, weights, options, call)
+    return Result(y, state)
 
 
-def run_native_packed(
-    data: Tensor,  # (N, I)
-    batch_sizes: Tensor,  # (T,) on the CPU
-    hx: State,
-    weights: Weights,
-    options: LSTMOptions,
-) -> tuple[Tensor, State]:
-    """Run torch's own LSTM over packed data; returns y (N, D*P), (h_n, c_n)."""
-    return _outside_graph(_native_packed, data, batch_sizes, hx, weights, options)
+def _run(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
+    if call.batch_sizes is not None:
+        return _native_packed(x, call.batch_sizes, hx, weights, options)
+    if call.resets is not None:
+        return _run_native_with_resets(x, hx, weights, options, call)
+    return _run_native(x, hx, weights, options, call.lengths)
+
+
+def _recomputed(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
+    """Only the inputs are kept; the backward pass runs the layers again first, with the same dropout."""
+    drops = options.drops
+    return checkpoint(_run, x, hx, weights, options, call, use_reentrant=False, preserve_rng_state=drops)
+
+
+def _dense(weights: Weights, options: LSTMOptions) -> Weights:
+    """The flat weights with those of recurrent heads written out, which torch does not know: 1 - 1/N of it zeros."""
+    if options.num_heads == 1:
+        return weights
+    n = options.weights_per_direction
+    return [dense_recurrent(w) if k % n == 1 else w for k, w in enumerate(weights)]
 
 
 def _outside_graph(run: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:

@@ -23,6 +23,8 @@ class LSTMOptions(NamedTuple):
     training: bool = False
     bidirectional: bool = False
     proj_size: int = 0
+    num_heads: int = 1
+    recompute: bool = False
 
     @property
     def num_directions(self) -> int:
@@ -33,6 +35,15 @@ class LSTMOptions(NamedTuple):
         """W_ih, W_hh, then b_ih, b_hh with bias, then W_hr with a projection."""
         return 2 + 2 * self.bias + (self.proj_size > 0)
 
+    @property
+    def drops(self) -> bool:
+        """Whether this call drops anything between layers."""
+        return self.training and self.dropout > 0 and self.num_layers > 1
+
+    def one_layer(self) -> LSTMOptions:
+        """The same for each layer by itself."""
+        return self._replace(num_layers=1, dropout=0.0)
+
 
 class Call(NamedTuple):
     """What one call asks for besides its input, state and weights."""
@@ -40,3 +51,21 @@ class Call(NamedTuple):
     lengths: Tensor | None = None  # (B,) integer, 0..T
     resets: Tensor | None = None  # (T, B) bool or integer
     reset_state: State | None = None  # h (L*D, B, P), c (L*D, B, H); None: zero
+    dropout_seed: Tensor | None = None  # () int64; None: torch's generator
+    with_cells: bool = False  # whether the cell states of all steps are a result
+    batch_sizes: Tensor | None = None  # (T,) int64 on the CPU: the input is packed, (N, I) in the place of (T, B, I)
+    rows: Tensor | None = None  # (B,) the rows of the batch as the caller knows them, where they were sorted
+
+    def of_layer(self, states: slice) -> Call:
+        """The call of one layer, whose states these are."""
+        if self.reset_state is None:
+            return self
+        return self._replace(reset_state=(self.reset_state[0][states], self.reset_state[1][states]))
+
+
+class Result(NamedTuple):
+    """What every backend returns."""
+
+    y: Tensor  # (T, B, D*P), or packed (N, D*P)
+    state: State
+    cells: tuple[Tensor, ...] = ()  # of each layer, where asked for: (T, B, D*H), or packed (N, D*H)

@@ -1,30 +1,18 @@
-"""`tlstm.LSTM`: a drop-in for `torch.nn.LSTM` with a choice of backends, padded batches and weight dropout."""
+"""`tlstm.LSTM`: a drop-in for `torch.nn.LSTM` with a choice of backends, padded batches, resets, heads and dropouts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tlstm_kernels.checks import (
-    ArgumentError,
-    check_choice,
-    check_input,
-    check_lengths,
-    check_probability,
-    check_reset_state,
-    check_resets,
-    check_state,
-)
+from tlstm_kernels.checks import check_choice, check_heads, check_input, check_probability, check_state
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from tlstm.functional import (
-    BACKENDS,
-    lstm,
-    lstm_packed,
-    why_unavailable,
-)
+from tlstm.functional import BACKENDS, Seed, lstm, lstm_packed, why_unavailable
+from tlstm.functional_dropout import seed_tensor, weight_dropout
 from tlstm.functional_options import BackendUnavailableError, LSTMOptions
+from tlstm.layer_arguments import StateShapes, padded_arguments, refuse_padding_options, zero_state
 
 
 class LSTM(torch.nn.LSTM):
@@ -39,6 +27,14 @@ class LSTM(torch.nn.LSTM):
     Args:
         backend: "auto" (the fastest that is proved on the device: native, so far), "native" (torch's own), "reference"
             (the equations, slow) or "triton". Assigning to the attribute `backend` changes it later.
+        num_heads: blocks N of the recurrent weights, a divisor of hidden_size. With more than one, the units are in N
+            heads of H / N units, each of which sees only its own h: `weight_hh_l{k}` is (4H, H / N), row
+            q * H + n * H / N + u that of gate q of unit u of head n, and multiplies the h of head n. That is the LSTM
+            with a block-diagonal W_hh, with 1 / N of its recurrent weights and work. Not with proj_size.
+        recompute: keep only the states of all steps for the backward pass, not the gates, and compute those again
+            there: less memory (on the triton backend 4 bytes for each unit and step, instead of 12 in half and 20 in
+            single precision) for one more product over all steps. The native backend keeps its inputs only, and runs
+            the layers a second time.
         weight_dropout: probability with which, in training mode, each forward pass drops single entries of every
             `weight_hh` (DropConnect; Merity, Keskar & Socher 2017), scaling the rest by 1 / (1 - weight_dropout). One
             mask holds for all time steps of the call. On a GPU the native backend then copies the weights into one
@@ -49,6 +45,8 @@ class LSTM(torch.nn.LSTM):
             raises that). Wrong shapes are RuntimeErrors too, as torch.nn.LSTM has them.
         BackendUnavailableError: a backend asked for by name that cannot run, with the reason.
     """
+
+    num_heads = 1  # while torch.nn.LSTM makes its parameters
 
     def __init__(
         self,
@@ -64,14 +62,34 @@ class LSTM(torch.nn.LSTM):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        num_heads: int = 1,
+        recompute: bool = False,
         weight_dropout: float = 0.0,
     ) -> None:
         check_probability("weight_dropout", weight_dropout)
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
+        check_heads(num_heads, hidden_size, proj_size)
         self.backend = backend
+        self.recompute = bool(recompute)
         self.weight_dropout = float(weight_dropout)
+        if num_heads > 1:
+            self._take_heads(num_heads)
+
+    def _take_heads(self, num_heads: int) -> None:
+        self.num_heads = num_heads
+        for name in self._flat_weights_names:
+            if name.startswith("weight_hh_"):
+                dense = self.get_parameter(name)
+                setattr(self, name, torch.nn.Parameter(dense.new_empty(len(dense), self.hidden_size // num_heads)))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """As torch.nn.LSTM's; nothing with several heads, which cuDNN does not know."""
+        if self.num_heads == 1:
+            super().flatten_parameters()
 
     @property
     def backend(self) -> str:
@@ -90,11 +108,8 @@ class LSTM(torch.nn.LSTM):
     def extra_repr(self) -> str:
         """The base class's description and the options of this class that differ from their defaults."""
         text = super().extra_repr()
-        if self.backend != "auto":
-            text += f", backend={self.backend}"
-        if self.weight_dropout != 0:
-            text += f", weight_dropout={self.weight_dropout}"
-        return text
+        defaults = {"backend": "auto", "num_heads": 1, "recompute": False, "weight_dropout": 0}
+        return text + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
 
     def forward(  # type: ignore[override]
         self,
@@ -104,7 +119,9 @@ class LSTM(torch.nn.LSTM):
         lengths: Tensor | None = None,  # (B,) integer, 0..T
         resets: Tensor | None = None,  # (T, B), or (B, T) with batch_first; bool or integer
         reset_state: tuple[Tensor, Tensor] | None = None,  # h (L*D, B, P), c (L*D, B, H), or both without B
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        dropout_seed: Seed | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
         """Run the layer; arguments and results as in `torch.nn.LSTM`, with P = proj_size or H, D directions, L layers.
 
         Args:
@@ -124,105 +141,82 @@ class LSTM(torch.nn.LSTM):
             reset_state: what the state is after a reset; zero if None. One for each row, shaped as hx, or one for all
                 rows, without the batch dimension: a learned initial state, for instance. Its gradient is summed over
                 the resets.
+            dropout_seed: a number below 2**64, an integer tensor of one element (on a GPU, say, to be changed between
+                replays of a CUDA graph) or a torch.Generator that draws one. In training mode the masks of `dropout`
+                and `weight_dropout` are then a function of it alone: the same on every device, in every backend and,
+                row by row, in every batch. Give each call another one. By default torch's own generator draws them.
+            return_cell_states: return c after every step, too, as a third result: a tuple of one tensor for each layer,
+                in the output's form, of width D*H, zero past a row's length; differentiable. The native backend, which
+                has none, computes them with the equations (`reference`), slowly.
 
         An empty sequence (T = 0), which torch.nn.LSTM refuses, gives an empty output and the unchanged state.
 
         Returns:
-            output in the input's form, of width D*P, and (h_n, c_n) shaped like hx.
+            output in the input's form, of width D*P, (h_n, c_n) shaped like hx, and the cell states if asked for.
         """
         self._update_flat_weights()
-        weights = self._weights()
+        seed = seed_tensor(dropout_seed, self._flat_weights[0].device)  # type: ignore[union-attr]
+        weights = self._weights(seed)
         if isinstance(input, PackedSequence):
-            if resets is not None or reset_state is not None:
-                raise ArgumentError(
-                    "resets: expected None with a PackedSequence, which has no (time, batch) to mark; received both. "
-                    "Pass a padded batch (torch.nn.utils.rnn.pad_packed_sequence) with lengths and resets."
-                )
-            if lengths is not None:
-                raise ArgumentError(
-                    "lengths: expected None with a PackedSequence, which has its own; received both. Pass only one."
-                )
-            return self._forward_packed(input, hx, weights)
+            refuse_padding_options(lengths, resets, reset_state)
+            return self._forward_packed(input, hx, weights, seed, return_cell_states)
 
-        check_input(input, (2, 3), self.input_size, weights[0])
-        batched = input.dim() == 3
-        if not batched:
-            if lengths is not None:
-                raise ArgumentError(
-                    "lengths: expected None for an unbatched input; received lengths and an input of shape "
-                    f"{tuple(input.shape)}. Cut the input instead, or add a batch dimension."
-                )
-            if resets is not None:
-                raise ArgumentError(
-                    "resets: expected None for an unbatched input; received resets and an input of shape "
-                    f"{tuple(input.shape)}. Add a batch dimension to both: input.unsqueeze(1), resets.unsqueeze(1)."
-                )
-            x = input.unsqueeze(1)
-        else:
-            x = input.transpose(0, 1) if self.batch_first else input
-        B = x.size(1)
-        if lengths is not None:
-            check_lengths(lengths, B, x.size(0))
-        if resets is not None:
-            check_resets(resets, tuple(input.shape[:2]), "(batch, time)" if self.batch_first else "(time, batch)")
-            resets = resets.transpose(0, 1) if self.batch_first else resets
-        reset_state = self._state_after_resets(reset_state, resets, B, weights[0])
-
-        if hx is None:
-            state = self._zero_state(x, B)
-        else:
-            check_state(hx, *self._state_shapes(B if batched else None), weights[0])
-            state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        y, (h_n, c_n) = lstm(x, state, weights, self._options(), lengths, self._backend, resets, reset_state)
-        if not batched:
-            return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
+        shapes, size, first = self._state_shapes(), self.input_size, self.batch_first
+        x, state, resets, reset_state = padded_arguments(
+            input, hx, lengths, resets, reset_state, shapes, size, first, weights[0]
+        )
+        y, (h_n, c_n), *cells = lstm(
+            x, state, weights, self._options(), lengths, self._backend, resets, reset_state, seed, return_cell_states
+        )
+        sequences = [y, *(cells[0] if cells else ())]
+        if input.dim() == 2:
+            sequences, h_n, c_n = [s.squeeze(1) for s in sequences], h_n.squeeze(1), c_n.squeeze(1)
+        elif self.batch_first:
+            sequences = [s.transpose(0, 1) for s in sequences]
+        y, *layers = sequences
+        return (y, (h_n, c_n), tuple(layers)) if return_cell_states else (y, (h_n, c_n))
 
     def _forward_packed(
-        self, packed: PackedSequence, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor]
-    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        self,
+        packed: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None,
+        weights: list[Tensor],
+        seed: Tensor | None,
+        return_cell_states: bool,
+    ) -> Any:
         check_input(packed.data, (2,), self.input_size, weights[0])
-        B = int(packed.batch_sizes[0])
+        B, shapes = int(packed.batch_sizes[0]), self._state_shapes()
         if hx is None:
-            state = self._zero_state(packed.data, B)
+            state = zero_state(packed.data, shapes, B)
         else:
-            check_state(hx, *self._state_shapes(B), weights[0])
+            check_state(hx, *shapes.of(B), weights[0])
             state = self.permute_hidden((hx[0], hx[1]), packed.sorted_indices)
-        data, state = lstm_packed(packed.data, packed.batch_sizes, state, weights, self._options(), self._backend)
-        output = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        return output, self.permute_hidden(state, packed.unsorted_indices)
+        own = (self._options(), self._backend, seed, packed.sorted_indices, return_cell_states)
+        data, state, *cells = lstm_packed(packed.data, packed.batch_sizes, state, weights, *own)
+        output, *layers = (packed._replace(data=part) for part in (data, *(cells[0] if cells else ())))
+        state = self.permute_hidden(state, packed.unsorted_indices)
+        return (output, state, tuple(layers)) if return_cell_states else (output, state)
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self, seed: Tensor | None) -> list[Tensor]:
         """The flat weights in torch's order, with this call's weight dropout."""
         weights: list[Any] = self._flat_weights
-        if not self.training or self.weight_dropout == 0:
+        p = self.weight_dropout
+        if not self.training or p == 0:
             return weights
-        return [
-            torch.nn.functional.dropout(w, self.weight_dropout) if name.startswith("weight_hh_") else w
-            for name, w in zip(self._flat_weights_names, weights, strict=True)
-        ]
+        options, dropped = self._options(), list(weights)
+        for start in range(0, len(weights), options.weights_per_direction):
+            w_hh = weights[start + 1]
+            layer, direction = divmod(start // options.weights_per_direction, options.num_directions)
+            if seed is None:
+                dropped[start + 1] = torch.nn.functional.dropout(w_hh, p)
+            else:
+                dropped[start + 1] = weight_dropout(w_hh, p, seed, layer, direction)
+        return dropped
 
     def _options(self) -> LSTMOptions:
-        return LSTMOptions(self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.proj_size)
+        form = (self.bidirectional, self.proj_size, self.num_heads, self.recompute)
+        return LSTMOptions(self.num_layers, self.bias, self.dropout, self.training, *form)
 
-    def _state_shapes(self, batch_size: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of h and c; without the batch dimension for None."""
+    def _state_shapes(self) -> StateShapes:
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        leading = (rows,) if batch_size is None else (rows, batch_size)
-        return (*leading, self.proj_size or self.hidden_size), (*leading, self.hidden_size)
-
-    def _state_after_resets(
-        self, reset_state: Any, resets: Tensor | None, batch_size: int, weight: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """The checked reset state, with a batch dimension where it has none."""
-        if isinstance(reset_state, (tuple, list)):
-            reset_state = tuple(
-                s.unsqueeze(1).expand(-1, batch_size, -1) if isinstance(s, Tensor) and s.dim() == 2 else s
-                for s in reset_state
-            )
-        check_reset_state(reset_state, resets, *self._state_shapes(batch_size), weight)
-        return reset_state
-
-    def _zero_state(self, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        h_shape, c_shape = self._state_shapes(batch_size)
-        return x.new_zeros(h_shape), x.new_zeros(c_shape)
+        return StateShapes(rows, self.proj_size or self.hidden_size, self.hidden_size)

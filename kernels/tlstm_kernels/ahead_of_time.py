@@ -51,12 +51,12 @@ class CompiledFigures:
 def compile_plan(plan: LaunchPlan, gpu: GPU) -> CompiledFigures:
     """Compile the kernel of `plan` for `gpu` as training calls it, without lengths; no GPU is used."""
     kernel = persistent_forward_kernel if plan.kernel == "forward" else persistent_backward_kernel
-    fixed: dict[str, Any] = {**constants(plan), "H": plan.H, "N": 1, "D": plan.D, "REVERSE": 0, "MAX_SPINS": 0}
+    fixed: dict[str, Any] = {**constants(plan), "H": plan.H, "N": plan.heads, "D": plan.D, "REVERSE": 0, "MAX_SPINS": 0}
     if plan.kernel == "backward":
         fixed["PRE_ACTIVATION"] = 0
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
-        if name in fixed or name in _ABSENT:
+        if name in fixed or name in _ABSENT or ("_1_" in name and plan.D == 1):
             signature[name] = "constexpr"
             fixed.setdefault(name, None)
         elif name.endswith("_ptr"):

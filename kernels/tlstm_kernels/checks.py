@@ -28,6 +28,23 @@ def check_probability(what: str, value: Any) -> None:
         raise ArgumentError(f"{what}: expected a number in [0, 1]; received {value!r}.")
 
 
+def check_heads(
+    num_heads: Any,
+    hidden_size: int,
+    proj_size: int,
+) -> None:
+    """Refuse a number of recurrent heads that does not divide the units, or heads beside a projection."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
+        raise ArgumentError(
+            f"num_heads: expected a whole number that divides hidden_size = {hidden_size}; received {num_heads!r}."
+        )
+    if num_heads > 1 and proj_size > 0:
+        raise ArgumentError(
+            f"num_heads: expected 1 with a projection, which mixes the units of all heads at every step; received "
+            f"{num_heads} and proj_size = {proj_size}. Use one of the two."
+        )
+
+
 def check_input(
     x: Any,  # (T, B, I), (T, I), or (N, I) for the data of a PackedSequence
     dims: Sequence[int],
@@ -174,9 +191,13 @@ def check_layer(
             f"directions; received shapes {tuple(x.shape)}, {tuple(h_0.shape)}, {tuple(c_0.shape)} and {len(weights)} "
             "weights. Give them flat, as torch.nn.LSTM has them: W_ih, W_hh[, b_ih, b_hh][, W_hr] for each direction."
         )
-    (B, I), P, H = x.shape[1:], h_0.shape[2], c_0.shape[2]
     has_bias, has_projection = n >= 4, n % 2 == 1
-    shapes: list[tuple[int, ...]] = [(4 * H, I), (4 * H, P)]
+    (B, I), H = x.shape[1:], c_0.shape[2]
+    P = h_0.shape[2] if has_projection else H
+    recurrent = weights[1].shape[-1]
+    if has_projection or recurrent == 0 or H % recurrent:  # else heads, of as many units as W_hh has columns
+        recurrent = P
+    shapes: list[tuple[int, ...]] = [(4 * H, I), (4 * H, recurrent)]
     shapes += [(4 * H,)] * (2 * has_bias) + [(P, H)] * has_projection
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "h_0": (h_0, (D, B, P if has_projection else H)),

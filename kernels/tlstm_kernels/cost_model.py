@@ -108,7 +108,7 @@ def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
     size = ITEM_SIZE[plan.dtype]
     K = plan.chunks * plan.block_k
     columns = 4 * plan.units if plan.kernel == "forward" else plan.units
-    programs = plan.programs * plan.groups * plan.directions
+    programs = plan.programs * plan.groups * plan.directions * plan.heads
 
     read = plan.rows * plan.contraction * size
     alone = plan.programs == 1
@@ -117,7 +117,7 @@ def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
     weight_slice = K * columns * size
     streamed = 0.0
     if plan.regime == "streamed":
-        all_weights = 4 * plan.H * plan.H * size * plan.directions
+        all_weights = 4 * plan.H * plan.H * size * plan.directions * plan.heads
         streamed = gpu.us(max(programs * weight_slice / gpu.l2_bytes_per_clock, weight_slice / 64))
         if all_weights > gpu.l2_bytes:
             streamed = max(streamed, all_weights / (gpu.memory_gb_per_s * 1e3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 from .gpu import GPU
 from .launch_options import current_options
 from .launch_plan import LaunchPlan, PlanError
+from .layer_weights import DirectionWeights
 from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
 from .plan_choice import choose_plan
@@ -53,24 +54,26 @@ def gpu_of(index: int) -> GPU:
     )
 
 
-def plan_for(kernel: str, x: Tensor, c_0: Tensor, has_projection: bool) -> LaunchPlan:
-    """The plan of "forward" or "backward" for a layer's input (T, B, I) and initial cell state (D, B, H)."""
+def plan_for(kernel: str, x: Tensor, c_0: Tensor, weights: DirectionWeights) -> LaunchPlan:
+    """The plan of "forward" or "backward" for a layer's input (T, B, I), initial cell state (D, B, H) and weights."""
     (T, B, _), (D, _, H) = x.shape, c_0.shape
+    N = weights.heads
     gpu = gpu_of(x.device.index)
     pinned = dict(current_options().pins(kernel))
-    if has_projection or not T * B * H:
+    if weights.w_hr is not None or not T * B * H:
         pinned = {"regime": "per_step"}
     dtype = str(x.dtype).removeprefix("torch.")
     tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return choose_plan(
-        kernel, H, B, dtype, gpu, D, "tf32" if tf32 else "ieee", pinned, excluded=_too_large.get(gpu, frozenset())
-    )
+    precision, excluded = "tf32" if tf32 else "ieee", _too_large.get(gpu, frozenset())
+    return choose_plan(kernel, H // N, B, dtype, gpu, D, precision, pinned, excluded, N)
 
 
-def with_plan(kernel: str, x: Tensor, c_0: Tensor, has_projection: bool, run: Callable[[LaunchPlan], Result]) -> Result:
+def with_plan(
+    kernel: str, x: Tensor, c_0: Tensor, weights: DirectionWeights, run: Callable[[LaunchPlan], Result]
+) -> Result:
     """`run(plan)` with the best plan that the GPU can run. A kernel that turns out to be too large is not launched."""
     while True:
-        plan = plan_for(kernel, x, c_0, has_projection)
+        plan = plan_for(kernel, x, c_0, weights)
         try:
             return run(plan)
         except OutOfResources as error:
@@ -82,8 +85,8 @@ def with_plan(kernel: str, x: Tensor, c_0: Tensor, has_projection: bool, run: Ca
 
 def forward_kernel(
     plan: LaunchPlan,
-    x_proj: Tensor,  # (T, B, D*4H) contiguous
-    w_hh: Tensor,  # (D, 4H, H) contiguous
+    x_proj: Sequence[Tensor],  # (T, B, 4H) contiguous, of each of D directions
+    w_hh: Sequence[Tensor],  # (4H, H / N) contiguous, of each of D directions
     h_0: Tensor,  # (D, B, H) contiguous
     c_0: Tensor,  # (D, B, H) contiguous
     lengths: Tensor | None,  # (B,) contiguous
@@ -94,23 +97,23 @@ def forward_kernel(
     c_reset: Tensor | None = None,  # (D, B, H) contiguous
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*H), h_n, c_n (D, B, H), gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
-    (T, B, _), (D, _, H) = x_proj.shape, c_0.shape
-    y = _exchanged((T, B, D * H), x_proj, plan)
-    gates = x_proj.new_empty((T, B, D, 4 * H) if keep == "gates" else (0,))
-    cells = x_proj.new_empty((0,) if keep == "nothing" else (T, B, D, H), dtype=torch.float32)
+    (T, B, _), (D, _, H) = x_proj[0].shape, c_0.shape
+    y = _exchanged((T, B, D * H), x_proj[0], plan)
+    gates = y.new_empty((T, B, D, 4 * H) if keep == "gates" else (0,))
+    cells = y.new_empty((0,) if keep == "nothing" else (T, B, D, H), dtype=torch.float32)
     h_n, c_n = [], []
     for launch in _launches(plan, B, D, reverse):
         rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
         states = [state if whole else state[:, rows].contiguous() for state in (h_0, c_0)]
         outs = [torch.empty_like(state) for state in states]
-        errors = _errors(launch, x_proj)
+        errors = _errors(launch, y)
         _run(
             persistent_forward_kernel, plan, launch, errors,
-            _from_row(x_proj, rows), w_hh, *states, _from_row(y, rows), *outs,
+            *_both([_from_row(part, rows) for part in x_proj]), *_both(w_hh), *states, _from_row(y, rows), *outs,
             _from_row(gates, rows) if keep == "gates" else None, _from_row(cells, rows) if keep != "nothing" else None,
             None if lengths is None else lengths[rows],
             *(_rows_of(tensor, rows, whole) for tensor in (resets, h_reset, c_reset)), errors, T,
-            rows.stop - rows.start, B, 1, H, 1, D,
+            rows.stop - rows.start, B, 1, plan.H, plan.heads, D,
         )  # fmt: skip
         h_n.append(outs[0])
         c_n.append(outs[1])
@@ -122,7 +125,8 @@ def backward_kernel(
     d_y: Tensor | None,  # (T, B, D*H) contiguous, as are all of these; None is zero
     d_h_n: Tensor | None,  # (D, B, H)
     d_c_n: Tensor | None,  # (D, B, H)
-    w_hh: Tensor,  # (D, 4H, H)
+    d_cells: Tensor | None,  # (T, B, D, H)
+    w_hh: Sequence[Tensor],  # (4H, H / N), of each of D directions
     gates: Tensor,  # (T, B, D, 4H)
     cells: Tensor,  # (T, B, D, H)
     c_0: Tensor,  # (D, B, H)
@@ -148,11 +152,12 @@ def backward_kernel(
         _run(
             persistent_backward_kernel, plan, launch, errors,
             None if d_y is None else _from_row(d_y, rows),
-            *(_rows_of(state, rows, whole) for state in (d_h_n, d_c_n)), None,
-            w_hh, _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
+            *(_rows_of(state, rows, whole) for state in (d_h_n, d_c_n)),
+            None if d_cells is None else _from_row(d_cells, rows),
+            *_both(w_hh), _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
             _from_row(d_gates, rows), *outs[:2], None if lengths is None else lengths[rows],
             _rows_of(resets, rows, whole), _rows_of(c_reset, rows, whole), *(outs[2:] or (None, None)), errors, T,
-            rows.stop - rows.start, B, 1, H, 1, D, PRE_ACTIVATION=int(pre_activation),
+            rows.stop - rows.start, B, 1, plan.H, plan.heads, D, PRE_ACTIVATION=int(pre_activation),
         )  # fmt: skip
         d_states.append(outs)
     return [d_gates, *(_joined(list(parts)).to(c_0.dtype) for parts in zip(*d_states, strict=True))]
@@ -185,7 +190,7 @@ def _launches(plan: LaunchPlan, B: int, D: int, reverse: bool) -> Iterator[Launc
     options["MAX_SPINS"] = current_options().max_spins
     for rows in plan.batch_slices():
         tiles = -(-len(rows) // plan.rows)
-        yield Launch(slice(rows.start, rows.stop), (plan.programs, tiles, D), options)
+        yield Launch(slice(rows.start, rows.stop), (plan.programs, tiles, D * plan.heads), options)
 
 
 def _run(
@@ -229,10 +234,15 @@ def _raise_if_stuck(errors: Tensor, launch: Launch, plan: LaunchPlan) -> None:
     raise ExchangeError(
         f"{len(stuck)} of {len(errors)} programs gave up waiting after {launch.options['MAX_SPINS']} loads. The first: "
         f"program (unit slice {first % units}, batch tile {first // units % tiles}, "
-        f"direction {first // units // tiles}) could not start step {step - 1}: row {row} of its tile, column {column} "
-        f"of the exchanged tensor, which unit slice {column % plan.H // plan.units} owns, was never written. "
-        f"{plan.describe()}"
+        f"direction {first // units // tiles // plan.heads}) could not start step {step - 1}: row {row} of its tile, "
+        f"column {column} of the exchanged tensor, which unit slice {column % plan.H // plan.units} owns, was never "
+        f"written. {plan.describe()}"
     )
+
+
+def _both(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What a kernel takes by one pointer for each direction, so that nothing is copied together."""
+    return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
 def _from_row(tensor: Tensor, rows: slice) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import layer_reference
 from .kernel_calls import backward_kernel, forward_kernel, with_plan
 from .launch_plan import LaunchPlan
-from .layer_weights import DirectionWeights, split_weights, weight_kinds
+from .layer_weights import DirectionWeights, split_weights
 from .positions import replaced, reset_positions, state_before, valid_positions, zero_padding
 
 
@@ -37,17 +37,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
 
+    split = split_weights(weights, h_0.shape[0])
+
     def run(plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if plan.regime == "per_step":
             results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
             gates_dtype, cells_dtype = kept_dtypes(x.dtype)
             return *results[:3], results[3].to(gates_dtype), results[4].to(cells_dtype)
-        split = split_weights(weights, h_0.shape[0])
         apart = [
             forward_kernel(
                 plan,
-                _input_projection(x, split[ks]),
-                _stacked(split[ks]),
+                [_input_projection(x, split[k : k + 1]) for k in range(ks.start, ks.stop)],
+                [w.w_hh.contiguous() for w in split[ks]],
                 h_0[ks].contiguous(),
                 c_0[ks].contiguous(),
                 _clamped(lengths, x.shape[0]),
@@ -67,7 +68,7 @@ def forward(
         return torch.cat(y, -1), torch.cat(h_n), torch.cat(c_n), gates_and_cells[0], gates_and_cells[1]
 
     with torch.no_grad(), torch.cuda.device_of(x):
-        return with_plan("forward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
+        return with_plan("forward", x, c_0, split[0], run)
 
 
 def backward(
@@ -87,16 +88,19 @@ def backward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
+    d_cells: Tensor | None = None,  # (T, B, D, H); None is zero
 ) -> list[Tensor]:
     """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
     (none if not needed).
     """
 
+    split = split_weights(weights, h_0.shape[0])
+
     def run(plan: LaunchPlan) -> list[Tensor]:
         if plan.regime == "per_step":
             inputs = (x, h_0, c_0, weights, y, gates, cells, lengths)
-            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights, resets, h_reset, c_reset)
-        split = split_weights(weights, h_0.shape[0])
+            anew = (resets, h_reset, c_reset)
+            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights, *anew, d_cells)
         ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
         h_before = []
         if need_weights or not gates.numel():
@@ -107,7 +111,8 @@ def backward(
                 None if d_y is None else d_y[..., ks.start * H : ks.stop * H].contiguous(),
                 None if d_h_n is None else d_h_n[ks].contiguous(),
                 None if d_c_n is None else d_c_n[ks].contiguous(),
-                _stacked(split[ks]),
+                None if d_cells is None else d_cells[:, :, ks].contiguous(),
+                [w.w_hh.contiguous() for w in split[ks]],
                 gates[:, :, ks].contiguous() if gates.numel() else _pre_activations(x, h_before, split, ks),
                 cells[:, :, ks].contiguous(),
                 c_0[ks].contiguous(),
@@ -122,12 +127,12 @@ def backward(
         d_gates, *d_states = apart[0]
         if len(apart) > 1:
             d_gates, *d_states = (torch.cat(p, 0 if n else -1) for n, p in enumerate(zip(*apart, strict=True)))
-        d_x = d_gates @ _joined([w.w_ih for w in split]) if need_x else x.new_empty(0)
+        d_x = _input_gradient(d_gates, split) if need_x else x.new_empty(0)
         d_weights = _weight_gradients(d_gates, x, h_before, split, ends) if need_weights else []
         return [d_x, *d_states, *d_weights]
 
     with torch.no_grad(), torch.cuda.device_of(x):
-        return with_plan("backward", x, c_0, weight_kinds(weights, h_0.shape[0])[1], run)
+        return with_plan("backward", x, c_0, split[0], run)
 
 
 def _direction_sets(plan: LaunchPlan) -> list[slice]:
@@ -136,7 +141,7 @@ def _direction_sets(plan: LaunchPlan) -> list[slice]:
 
 
 def _input_projection(x: Tensor, split: Sequence[DirectionWeights]) -> Tensor:
-    """(T, B, D*4H): x W_ih^T + b_ih + b_hh of all directions, one product."""
+    """(T, B, n*4H): x W_ih^T + b_ih + b_hh of n directions, one product."""
     bias = None
     if split[0].b_ih is not None:
         bias = _joined([w.b_ih for w in split]) + _joined([w.b_hh for w in split])
@@ -155,9 +160,26 @@ def _pre_activations(
     T, B, _ = x.shape
     width = gates.shape[-1] // len(own)
     for n, k in enumerate(range(directions.start, directions.stop)):
-        rows = gates.view(T * B, -1)[:, n * width : (n + 1) * width]
-        rows.addmm_(h_before[k].flatten(0, 1), own[n].w_hh.T)
+        rows, h, w_hh = gates.view(T * B, -1)[:, n * width : (n + 1) * width], h_before[k].flatten(0, 1), own[n].w_hh
+        if own[n].heads == 1:
+            rows.addmm_(h, w_hh.T)
+        else:
+            by_head, h = _by_head(w_hh), h.view(len(h), own[n].heads, -1)
+            rows.add_(torch.einsum("rnk,qnuk->rqnu", h, by_head).flatten(1))
     return gates.view(T, B, len(own), width)
+
+
+def _input_gradient(
+    d_gates: Tensor,  # (T, B, D*4H)
+    split: Sequence[DirectionWeights],
+) -> Tensor:
+    """(T, B, I): the sum over the directions."""
+    rows = d_gates.flatten(0, 1)
+    first, *second = rows.chunk(len(split), dim=1)
+    d_x = first @ split[0].w_ih
+    for d in second:
+        d_x.addmm_(d, split[1].w_ih)
+    return d_x.view(*d_gates.shape[:2], -1)
 
 
 def _weight_gradients(
@@ -173,10 +195,28 @@ def _weight_gradients(
         x = zero_padding(x, valid_positions(lengths, x.shape[0]))
     gradients: list[Tensor] = []
     for k, own in enumerate(rows.chunk(len(split), dim=1)):
-        gradients += [own.T @ x.flatten(0, 1), own.T @ h_before[k].flatten(0, 1)]
+        gradients += [own.T @ x.flatten(0, 1), _recurrent_gradient(own, h_before[k].flatten(0, 1), split[k].heads)]
         if split[k].b_ih is not None:
             gradients += [own.sum(0)] * 2
     return gradients
+
+
+def _recurrent_gradient(
+    d_gates: Tensor,  # (T * B, 4H)
+    h_before: Tensor,  # (T * B, H)
+    N: int,
+) -> Tensor:
+    """(4H, H / N): the gradient of W_hh."""
+    if N == 1:
+        return d_gates.T @ h_before
+    d_by_head, h = d_gates.unflatten(1, (4, N, -1)), h_before.view(len(h_before), N, -1)
+    return torch.einsum("rqnu,rnk->qnuk", d_by_head, h).flatten(0, 2)
+
+
+def _by_head(w_hh: Tensor) -> Tensor:
+    """W_hh (4H, H / N) as (4, N, H / N, H / N): gate, head, unit, what it multiplies."""
+    width = w_hh.shape[1]
+    return w_hh.reshape(4, -1, width, width)
 
 
 def _h_before(
@@ -198,11 +238,6 @@ def _h_before(
     if reset is None:
         return before
     return replaced(before, reset, None if h_reset is None else h_reset[direction])
-
-
-def _stacked(split: Sequence[DirectionWeights]) -> Tensor:
-    """(D, 4H, H): W_hh of all directions."""
-    return split[0].w_hh[None].contiguous() if len(split) == 1 else torch.stack([w.w_hh for w in split])
 
 
 def _joined(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -34,6 +34,7 @@ class LaunchPlan:
     H: int
     B: int
     D: int  # directions of the layer, 1 or 2
+    heads: int  # blocks of a block-diagonal W_hh, of H units each; 1 for the usual LSTM
     dtype: str
     precision: str  # of float32 products: "ieee", "tf32" or "tf32x3"; half types ignore it
     units: int = 0  # hidden units of one program: a power of two
@@ -71,8 +72,8 @@ class LaunchPlan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Programs of a full launch: units, batch tiles, directions."""
-        return self.programs, self.groups, self.directions
+        """Programs of a full launch: units, batch tiles, heads of all directions."""
+        return self.programs, self.groups, self.directions * self.heads
 
     @property
     def launches(self) -> int:
@@ -96,7 +97,9 @@ class LaunchPlan:
 
     def describe(self) -> str:
         """The plan in words and numbers."""
-        sizes = f"{self.kernel}, H={self.H}, B={self.B}, {self.dtype}{', both directions' if self.D == 2 else ''}"
+        heads = f" in each of {self.heads} heads" if self.heads > 1 else ""
+        directions = ", both directions" if self.D == 2 else ""
+        sizes = f"{self.kernel}, H={self.H}{heads}, B={self.B}, {self.dtype}{directions}"
         if self.regime == "per_step":
             return f"{sizes}: per_step, one product and one cell launched for every time step (about {PER_STEP_US} us)."
         where = {
@@ -110,8 +113,9 @@ class LaunchPlan:
         rounding = f" {self.precision}" if self.dtype == "float32" else ""
         return (
             f"{sizes}: {self.regime}, {where}. {launches} of {self.programs} programs x {self.groups} batch groups x "
-            f"{self.directions} directions on {self.gpu}; {self.units} units and {self.rows} rows per program, "
-            f"{self.chunks} chunks of {self.block_k} along the contraction ({self.contraction}), {self.num_warps} warps"
+            f"{self.directions} directions{f' x {self.heads} heads' if self.heads > 1 else ''} on {self.gpu}; "
+            f"{self.units} units and {self.rows} rows per program, {self.chunks} chunks of {self.block_k} along the "
+            f"contraction ({self.contraction}), {self.num_warps} warps"
             f"{parts}{rounding}, about {shared_memory_bytes(self) / KIB:.0f} KiB of shared memory. "
             f"Chosen by: {self.source}. Model, per step: {self.cost}."
         )

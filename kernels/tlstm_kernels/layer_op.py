@@ -7,7 +7,8 @@ Two ways lead to the same forward and backward functions:
 
 The functions are those of `launch` (the Triton kernels) or of `layer_reference` (the equations). Gradients of gradients
 always go through the equations. Weights are flat, as torch has them: for each direction W_ih (4H, I), W_hh (4H, P),
-then b_ih (4H,) and b_hh (4H,) with bias, then W_hr (P, H) with a projection.
+then b_ih (4H,) and b_hh (4H,) with bias, then W_hr (P, H) with a projection. A W_hh of (4H, H / N) is that of N heads:
+the units are in N blocks, and each block's gates see only the h of its own (`layer_weights.dense_recurrent`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .checks import check_layer
 from .launch_options import applied, current_options
 from .layer_reference import or_zeros
 from .layer_weights import split_weights
+from .positions import valid_positions, zero_padding
 
 _MODULES = {"triton": "launch", "reference": "layer_reference"}
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
@@ -41,7 +43,8 @@ def lstm_layer(
     *,
     backend: str = "triton",
     recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run one layer in D directions; differentiable, twice through the equations.
 
     The number of directions is that of `h_0`; the second one reads the sequence from its end. Under autocast the
@@ -56,9 +59,11 @@ def lstm_layer(
         backend: "triton" (tensors on a GPU) or "reference".
         recompute: keep only the states for the backward pass and compute the gates again there (one more product over
             all steps), instead of keeping the four gates of every step.
+        with_cells: return the cell states of all steps too, differentiable like the other results.
 
     Returns:
-        y (T, B, D*P), h_n (D, B, P), c_n (D, B, H), in the dtype of x.
+        y (T, B, D*P), h_n (D, B, P), c_n (D, B, H) and, if asked for, the cell states (T, B, D*H), zero past a row's
+        length as y is, else None; all in the dtype of x.
 
     Raises:
         ValueError: tensors that do not fit one another, or a backend that cannot run on them.
@@ -69,7 +74,9 @@ def lstm_layer(
         with torch.autocast(device, enabled=False):
             x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
             anew = (resets, *(None if state is None else state.to(dtype) for state in (h_reset, c_reset)))
-            return lstm_layer(x, h_0, c_0, weights, lengths, *anew, backend=backend, recompute=recompute)
+            return lstm_layer(
+                x, h_0, c_0, weights, lengths, *anew, backend=backend, recompute=recompute, with_cells=with_cells
+            )
     check_layer(x, h_0, c_0, weights, lengths, backend, resets, h_reset, c_reset)
 
     given = () if h_reset is None or c_reset is None else (h_reset, c_reset)
@@ -77,13 +84,17 @@ def lstm_layer(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *given, *weights)):
         keep = "states" if recompute else "gates"
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if backend == "reference" and not traced:
-        return _reference_layer(x, h_0, c_0, weights, lengths, resets, h_reset, c_reset)
+    if backend == "reference" and not (traced or recompute or with_cells):
+        return *_reference_layer(x, h_0, c_0, weights, lengths, resets, h_reset, c_reset), None
+    rest = (resets, h_reset, c_reset, with_cells)
     if traced or type(x) not in _PLAIN_TENSORS:
-        results = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep, resets, h_reset, c_reset)
+        y, h_n, c_n, _, cells = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep, *rest)
     else:
-        results = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, resets, h_reset, c_reset, *weights)
-    return results[0], results[1], results[2]
+        y, h_n, c_n, _, cells = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, *rest, *weights)
+    if not with_cells:
+        return y, h_n, c_n, None
+    # What the kernels keep past a row's length is anything, and in their own dtype.
+    return y, h_n, c_n, zero_padding(cells.flatten(2), valid_positions(lengths, x.shape[0])).to(x.dtype)
 
 
 def _reference_layer(
@@ -96,7 +107,7 @@ def _reference_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every transform of torch.func and torch.export goes through this one; torch.compile would unroll it over time."""
     results = [
-        reference.lstm(x, h_0[k], c_0[k], *w, lengths, k == 1, *layer_reference.resets_of(k, *resets))
+        reference.lstm(x, h_0[k], c_0[k], *w.dense(), lengths, k == 1, *layer_reference.resets_of(k, *resets))
         for k, w in enumerate(split_weights(weights, h_0.shape[0]))
     ]
     y, h_n, c_n = zip(*results, strict=True)
@@ -112,21 +123,22 @@ class LayerFunction(torch.autograd.Function):
     """The eager way."""
 
     @staticmethod
-    def forward(x, h_0, c_0, lengths, backend, keep, resets, h_reset, c_reset, *weights):
+    def forward(x, h_0, c_0, lengths, backend, keep, resets, h_reset, c_reset, with_cells, *weights):
+        keep = _kept(keep, with_cells)
         return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h_0, c_0, lengths, ctx.backend, _, resets, h_reset, c_reset, *weights = inputs
-        _save(ctx, x, h_0, c_0, weights, lengths, (resets, h_reset, c_reset), output)
+        x, h_0, c_0, lengths, ctx.backend, _, resets, h_reset, c_reset, with_cells, *weights = inputs
+        _save(ctx, x, h_0, c_0, weights, lengths, (resets, h_reset, c_reset), with_cells, output)
 
     @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n, *_):
+    def backward(ctx, d_y, d_h_n, d_c_n, _, d_cells):
         needs = ctx.needs_input_grad
-        d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[9:]))
+        d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, needs[0], any(needs[10:]))
         d_x, d_h_0, d_c_0, *d_reset_state = d_states
-        d_weights = d_weights or (None,) * (len(needs) - 9)
-        return d_x, d_h_0, d_c_0, None, None, None, None, *d_reset_state, *d_weights
+        d_weights = d_weights or (None,) * (len(needs) - 10)
+        return d_x, d_h_0, d_c_0, None, None, None, None, *d_reset_state, None, *d_weights
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -151,13 +163,16 @@ def lstm_layer_op(
     resets: Tensor | None,
     h_reset: Tensor | None,
     c_reset: Tensor | None,
+    with_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The compiled way; arguments as in `layer_reference.forward`."""
+    """The compiled way; arguments as in `layer_reference.forward`, and whether the cell states are a result too."""
+    keep = _kept(keep, with_cells)
     return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
 
 
 @lstm_layer_op.register_fake
-def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset):
+def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset, with_cells):
+    keep = _kept(keep, with_cells)
     T, B, _ = x.shape
     D, _, P = h_0.shape
     H = c_0.shape[-1]
@@ -186,11 +201,12 @@ def lstm_layer_backward_op(
     resets: Tensor | None,
     h_reset: Tensor | None,
     c_reset: Tensor | None,
+    d_cells: Tensor | None,
 ) -> list[Tensor]:
     """Arguments and results as in `layer_reference.backward`."""
     saved, needs = (y, gates, cells, lengths), (need_x, need_weights)
     gradients = _implementation(backend).backward(
-        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, *saved, *needs, resets, h_reset, c_reset
+        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, *saved, *needs, resets, h_reset, c_reset, d_cells
     )
     # The two biases have one gradient, and an operator may not return a tensor twice.
     first = {id(g): n for n, g in reversed(list(enumerate(gradients)))}
@@ -200,37 +216,42 @@ def lstm_layer_backward_op(
 @lstm_layer_backward_op.register_fake
 def _(
     d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, backend, need_x, need_weights,
-    resets, h_reset, c_reset,
+    resets, h_reset, c_reset, d_cells,
 ):  # fmt: skip
     like = [h_0, c_0, *(() if h_reset is None else (h_reset, c_reset)), *(weights if need_weights else ())]
     return [x.new_empty(x.shape if need_x else (0,)), *(tensor.new_empty(tensor.shape) for tensor in like)]
 
 
 def _setup_op_context(ctx, inputs, output):
-    x, h_0, c_0, weights, lengths, ctx.backend, _, *resets = inputs
-    _save(ctx, x, h_0, c_0, weights, lengths, resets, output)
+    x, h_0, c_0, weights, lengths, ctx.backend, _, *resets, with_cells = inputs
+    _save(ctx, x, h_0, c_0, weights, lengths, resets, with_cells, output)
 
 
-def _op_backward(ctx, d_y, d_h_n, d_c_n, *_):
+def _op_backward(ctx, d_y, d_h_n, d_c_n, _, d_cells):
     needs = ctx.needs_input_grad
-    d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, needs[0], any(needs[3]))
+    d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, needs[0], any(needs[3]))
     d_x, d_h_0, d_c_0, *d_reset_state = d_states
-    return d_x, d_h_0, d_c_0, d_weights or [None] * len(needs[3]), None, None, None, None, *d_reset_state
+    return d_x, d_h_0, d_c_0, d_weights or [None] * len(needs[3]), None, None, None, None, *d_reset_state, None
 
 
 lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
 
 
-def _save(ctx, x, h_0, c_0, weights, lengths, resets, output):
+def _kept(keep: str, with_cells: bool) -> str:
+    """Cell states that are a result are computed also where nothing is kept for a backward pass."""
+    return "states" if with_cells and keep == "nothing" else keep
+
+
+def _save(ctx, x, h_0, c_0, weights, lengths, resets, with_cells, output):
     # Autograd runs the backward pass in a thread of its own, where the caller's options are not in force.
     ctx.launch_options = current_options()
     y, _, _, gates, cells = output
-    ctx.mark_non_differentiable(gates, cells)
+    ctx.mark_non_differentiable(gates, *(() if with_cells else (cells,)))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *resets, *weights)
 
 
-def _gradients(ctx, d_y, d_h_n, d_c_n, need_x, need_weights):
+def _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, need_x, need_weights):
     """Gradients of x, h_0, c_0, h_reset and c_reset, None where there are none, and of the weights if needed."""
     x, h_0, c_0, lengths, y, gates, cells, resets, h_reset, c_reset, *weights = ctx.saved_tensors
     anew = (resets, h_reset, c_reset)
@@ -238,12 +259,12 @@ def _gradients(ctx, d_y, d_h_n, d_c_n, need_x, need_weights):
     if torch.is_grad_enabled():
         # Second derivatives were asked for. What was kept is constant to autograd: compute it again from the inputs.
         outer = (or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0))
-        gradients = layer_reference.differentiable_backward(*outer, x, h_0, c_0, weights, lengths, *anew)
+        gradients = layer_reference.differentiable_backward(*outer, x, h_0, c_0, weights, lengths, *anew, d_cells)
     elif torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
-        gradients = lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights, *anew)
+        gradients = lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights, *anew, d_cells)
     else:
         with applied(ctx.launch_options):
-            gradients = _implementation(ctx.backend).backward(*arguments, need_x, need_weights, *anew)
+            gradients = _implementation(ctx.backend).backward(*arguments, need_x, need_weights, *anew, d_cells)
     d_x, d_h_0, d_c_0, *rest = gradients
     states = 0 if h_reset is None else 2
     d_reset_state = rest[:states] if states else (None, None)

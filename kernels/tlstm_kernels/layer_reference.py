@@ -6,12 +6,13 @@ The counterpart of `launch`: the same arguments and results, on any device and i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .layer_weights import split_weights
+from .layer_weights import diagonal_blocks, split_weights
 from .positions import valid_positions
 
 
@@ -35,7 +36,9 @@ def forward(
     with torch.no_grad():
         split = split_weights(weights, h_0.shape[0])
         results = [
-            reference.lstm_forward(x, h_0[k], c_0[k], *w, lengths, k == 1, *resets_of(k, resets, h_reset, c_reset))
+            reference.lstm_forward(
+                x, h_0[k], c_0[k], *w.dense(), lengths, k == 1, *resets_of(k, resets, h_reset, c_reset)
+            )
             for k, w in enumerate(split)
         ]
         y, h_n, c_n, steps = zip(*results, strict=True)
@@ -64,6 +67,7 @@ def backward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
+    d_cells: Tensor | None = None,  # (T, B, D, H); None is zero
 ) -> list[Tensor]:
     """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
     (none if not needed).
@@ -80,7 +84,7 @@ def backward(
                 steps.append(reference.LSTMSteps(i, f, g, o, cells[:, :, k], h.to(cells.dtype)))
         d_y, d_h_n, d_c_n = or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0)
         gradients = differentiable_backward(
-            d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, resets, h_reset, c_reset, steps
+            d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, resets, h_reset, c_reset, d_cells, steps
         )
     if not need_x:
         gradients[0] = x.new_empty(0)
@@ -99,17 +103,20 @@ def differentiable_backward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
+    d_cells: Tensor | None = None,  # (T, B, D, H)
     steps: Sequence[reference.LSTMSteps] | None = None,  # one for each direction; None: computed again, differentiably
 ) -> list[Tensor]:
     """`backward` with every gradient, through operations that autograd can differentiate again."""
     P = h_0.shape[-1]
     gradients = []
     for k, w in enumerate(split_weights(weights, h_0.shape[0])):
-        inputs = (x, h_0[k], c_0[k], *w)
+        inputs = (x, h_0[k], c_0[k], *w.dense())
         options = (lengths, k == 1, *resets_of(k, resets, h_reset, c_reset))
         own = steps[k] if steps is not None else reference.lstm_forward(*inputs, *options)[3]
+        d_cells_own = None if d_cells is None else d_cells[:, :, k]
         d_y_own = d_y[..., k * P : (k + 1) * P]
-        gradients.append(reference.lstm_backward(d_y_own, d_h_n[k], d_c_n[k], *inputs, own, *options))
+        d = reference.lstm_backward(d_y_own, d_h_n[k], d_c_n[k], *inputs, own, *options, d_cells=d_cells_own)
+        gradients.append(d if w.heads == 1 else replace(d, w_hh=diagonal_blocks(d.w_hh, w.heads)))
     d_x = gradients[0].x if len(gradients) == 1 else gradients[0].x + gradients[1].x
     d_weights = [g for d in gradients for g in (d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr) if g is not None]
     states = [[d.h_0 for d in gradients], [d.c_0 for d in gradients]]

@@ -28,7 +28,7 @@ def persistent_backward_kernel(
     d_y_ptr,  # (rows, D * N * H), or None: zero
     d_h_n_ptr, d_c_n_ptr,  # (D, B, N * H) contiguous, or None: zero
     d_cells_ptr,  # (rows, D * N * H), or None: gradient of the cell-state sequence
-    w_hh_ptr,  # (D * N, 4H, H) contiguous, rows in torch's gate order i, f, g, o; d_gates' dtype
+    w_hh_ptr, w_hh_1_ptr,  # (4 * N * H, H) contiguous, torch's, of each direction (None if D == 1); d_gates' dtype
     gates_ptr,  # (rows, D * 4 * N * H): gates after their activation, or before it
     cells_ptr,  # (rows, D * N * H): c after each step
     c_0_ptr,  # (D, B, N * H) contiguous
@@ -87,11 +87,13 @@ def persistent_backward_kernel(
         error_ptr += program * 4
 
     # This program's columns of W_hh, transposed, as chunks (UNITS, BLOCK_K).
-    w_ptr = w_hh_ptr + tl.program_id(2).to(tl.int64) * 4 * H * H
+    if D == 2:
+        w_hh_ptr = tl.where(direction == 1, w_hh_1_ptr, w_hh_ptr)
+    w_ptr = w_hh_ptr + head.to(tl.int64) * H * H
     w_chunks = ()
     if WEIGHTS_ON_CHIP:
         for n in tl.static_range(NUM_CHUNKS):
-            w_chunks = w_chunks + (load_w_columns(w_ptr, n, units, H, GATE_K, BLOCK_K, SPLIT_K),)  # noqa: RUF005
+            w_chunks = w_chunks + (load_w_columns(w_ptr, n, units, H, WIDTH, GATE_K, BLOCK_K, SPLIT_K),)  # noqa: RUF005
 
     d_h = tl.zeros((UNITS, BLOCK_B), tl.float32)
     d_c = tl.zeros((UNITS, BLOCK_B), tl.float32)
@@ -181,7 +183,7 @@ def persistent_backward_kernel(
                     product = tl.dot(w_chunks[n], chunk, product, input_precision=INPUT_PRECISION)
             else:
                 for n in range(NUM_CHUNKS):
-                    w_chunk = load_w_columns(w_ptr, n, units, H, GATE_K, BLOCK_K, SPLIT_K)
+                    w_chunk = load_w_columns(w_ptr, n, units, H, WIDTH, GATE_K, BLOCK_K, SPLIT_K)
                     chunk = split_columns(load_chunk(tile, there, n, K, H, WIDTH, BLOCK_K), SPLIT_K)
                     product = tl.dot(w_chunk, chunk, product, input_precision=INPUT_PRECISION)
             if SPLIT_K > 1:
@@ -203,16 +205,17 @@ def persistent_backward_kernel(
 
 @triton.jit
 def load_w_columns(
-    w_ptr, n, units, H: tl.constexpr, GATE_K: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr
+    w_ptr, n, units,
+    H: tl.constexpr, WIDTH: tl.constexpr, GATE_K: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """Chunk n of this program's columns of W_hh (4H, H), each gate's H rows padded to GATE_K: (UNITS, BLOCK_K).
+    """Chunk n of this program's columns of its head's W_hh, each gate's H rows padded to GATE_K: (UNITS, BLOCK_K).
 
     With SPLIT_K > 1: (SPLIT_K, UNITS, BLOCK_K / SPLIT_K).
     """
     k = n * BLOCK_K + tl.arange(0, BLOCK_K)
     in_gate = k % GATE_K
     mask = (units < H)[:, None] & ((in_gate < H) & (k < 4 * GATE_K))[None, :]
-    w = tl.load(w_ptr + units[:, None] + ((k // GATE_K * H + in_gate) * H)[None, :], mask=mask, other=0.0)
+    w = tl.load(w_ptr + units[:, None] + ((k // GATE_K * WIDTH + in_gate) * H)[None, :], mask=mask, other=0.0)
     if SPLIT_K > 1:
         w = tl.permute(tl.reshape(w, (units.shape[0], SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
     return w

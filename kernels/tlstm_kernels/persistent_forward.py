@@ -24,8 +24,8 @@ from .steps import load_gates, rows_of_step
 
 @triton.jit(do_not_specialize=["T", "B", "stride_t", "stride_b"])
 def persistent_forward_kernel(
-    x_proj_ptr,  # (rows, D * 4 * N * H): x W_ih^T + b_ih + b_hh
-    w_hh_ptr,  # (D * N, 4H, H) contiguous, rows in torch's gate order i, f, g, o; y's dtype
+    x_proj_ptr, x_proj_1_ptr,  # (rows, 4 * N * H) of each direction (None if D == 1): x W_ih^T + b_ih + b_hh
+    w_hh_ptr, w_hh_1_ptr,  # (4 * N * H, H) contiguous, torch's, of each direction (None if D == 1); y's dtype
     h_0_ptr, c_0_ptr,  # (D, B, N * H) contiguous; h_0 in y's dtype
     y_ptr,  # (rows, D * N * H) out, filled with the sentinel (all bits one)
     h_n_ptr, c_n_ptr,  # (D, B, N * H) contiguous, out
@@ -79,10 +79,14 @@ def persistent_forward_kernel(
         program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
         error_ptr += program * 4
 
+    if D == 2:
+        x_proj_ptr = tl.where(direction == 1, x_proj_1_ptr, x_proj_ptr)
+        w_hh_ptr = tl.where(direction == 1, w_hh_1_ptr, w_hh_ptr)
+
     # This program's rows of W_hh, ordered (gate, unit), as chunks (4 * UNITS, BLOCK_K).
     w_rows = tl.arange(0, 4 * UNITS)
     w_units = tl.program_id(0) * UNITS + w_rows % UNITS
-    w_ptr = w_hh_ptr + (tl.program_id(2).to(tl.int64) * 4 * H + (w_rows // UNITS) * H + w_units) * H
+    w_ptr = w_hh_ptr + (head.to(tl.int64) * H + (w_rows // UNITS) * WIDTH + w_units) * H
     w_chunks = ()
     if WEIGHTS_ON_CHIP:
         for n in tl.static_range(NUM_CHUNKS):
@@ -96,7 +100,8 @@ def persistent_forward_kernel(
         h_reset = tl.load(h_reset_ptr + state, mask=mask, other=0.0)
         c_reset = tl.load(c_reset_ptr + state, mask=mask, other=0.0).to(tl.float32)
 
-    x_i, x_f, x_g, x_o = load_gates(x_proj_ptr, 0, rows, T, backwards, stride_t, stride_b, gate_columns, mask, WIDTH, D)
+    x_columns = head * H + units
+    x_i, x_f, x_g, x_o = load_gates(x_proj_ptr, 0, rows, T, backwards, stride_t, stride_b, x_columns, mask, WIDTH, 1)
     for step in range(T):
         t = tl.where(backwards == 1, T - 1 - step, step)
         row = rows_of_step(step, rows, T, backwards, stride_t, stride_b)  # (BLOCK_B,) in the (rows, ...) tensors
@@ -112,7 +117,7 @@ def persistent_forward_kernel(
 
         # Asked for before the wait, so that it is here when the next step begins.
         next_x_i, next_x_f, next_x_g, next_x_o = load_gates(
-            x_proj_ptr, step + 1, rows, T, backwards, stride_t, stride_b, gate_columns, mask, WIDTH, D
+            x_proj_ptr, step + 1, rows, T, backwards, stride_t, stride_b, x_columns, mask, WIDTH, 1
         )
 
         # z^T = W_hh h_{t-1}^T: the weights are the left operand, which matrix instructions want 64 rows or more of.

@@ -36,10 +36,12 @@ def choose_plan(
     precision: str = "ieee",
     pinned: Mapping[str, int | str] | None = None,
     excluded: frozenset[LaunchPlan] = frozenset(),
+    heads: int = 1,
 ) -> LaunchPlan:
     """The plan of one kernel ("forward" or "backward") for a layer of H units and D directions, and B batch rows.
 
     Args:
+        heads: blocks of a block-diagonal W_hh, of H units each, which exchange nothing with one another.
         dtype: "float16", "bfloat16" or "float32"; others (float64) are run step by step.
         precision: of float32 products.
         pinned: fields of the plan (regime, units, rows, block_k, num_warps, groups) that must have the given values.
@@ -48,7 +50,7 @@ def choose_plan(
     Raises:
         PlanError: no plan with the pinned values can run on this GPU.
     """
-    return _choose(kernel, H, B, dtype, gpu, D, precision, tuple(sorted((pinned or {}).items())), excluded)
+    return _choose(kernel, H, B, dtype, gpu, D, precision, tuple(sorted((pinned or {}).items())), excluded, heads)
 
 
 @lru_cache(maxsize=4096)
@@ -62,17 +64,19 @@ def _choose(
     precision: str,
     pins: tuple[tuple[str, int | str], ...],
     excluded: frozenset[LaunchPlan],
+    heads: int,
 ) -> LaunchPlan:
     pinned, source = dict(pins), "pinned" if pins else "model"
     _check_pins(pinned)
-    fallback = LaunchPlan(kernel, "per_step", H, B, D, dtype, precision, gpu=gpu.name, source=source)
+    fallback = LaunchPlan(kernel, "per_step", H, B, D, heads, dtype, precision, gpu=gpu.name, source=source)
     if dtype not in ITEM_SIZE or pinned.get("regime") == "per_step":
         return fallback
     if not pinned:
         pinned = dict(_measured(kernel, H, B, dtype, gpu))
         source = "measured" if pinned else source
         _check_pins(pinned)
-    common: dict[str, Any] = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "dtype": dtype, "precision": precision}
+    common: dict[str, Any] = {"kernel": kernel, "H": H, "B": max(B, 1), "D": D, "heads": heads, "dtype": dtype}
+    common["precision"] = precision
     plans = _runnable(common, gpu, pinned, excluded)
     if not plans and source == "measured":
         source, plans = "model", _runnable(common, gpu, {}, excluded)
@@ -140,8 +144,11 @@ def _makes_sense(
 
 
 def _with_groups(plan: LaunchPlan, gpu: GPU, pinned: Mapping[str, int | str]) -> LaunchPlan:
-    """The plan with as many batch tiles and directions side by side as fit, evenly spread over the launches."""
-    most = gpu.multiprocessors // plan.programs
+    """The plan with as many batch tiles and directions side by side as fit, evenly spread over the launches.
+
+    The heads of a direction are never taken apart: theirs are few programs, because their weights are few.
+    """
+    most = gpu.multiprocessors // (plan.programs * plan.heads)
     directions = plan.D if most >= plan.D else 1
     most = max(1, most // directions)
     launches = -(-plan.tiles // most)
@@ -151,7 +158,7 @@ def _with_groups(plan: LaunchPlan, gpu: GPU, pinned: Mapping[str, int | str]) ->
 
 def why_impossible(plan: LaunchPlan, gpu: GPU) -> str | None:
     """What a plan needs more of than the GPU has; None for a plan that can run."""
-    programs = plan.programs * plan.groups * plan.directions
+    programs = plan.programs * plan.groups * plan.directions * plan.heads
     needs = {
         "programs at the same time": (programs, gpu.multiprocessors),
         "bytes of shared memory per program": (shared_memory_bytes(plan), gpu.shared_memory),

@@ -145,9 +145,12 @@ def lstm_backward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (B, P)
     c_reset: Tensor | None = None,  # (B, H)
+    d_cells: Tensor | None = None,  # (T, B, H)
 ) -> LSTMGradients:
     """The gradients of `lstm_forward`, equation by equation; arguments as there, `steps` as it returned them.
 
+    `d_cells` is the gradient of the cell states `steps.c`, where they are an output too; past a row's length it is not
+    read.
     Each gradient comes back in the dtype of the tensor that it belongs to.
     """
     T = x.shape[0]
@@ -175,6 +178,9 @@ def lstm_backward(
             d_h = d_h + d_y[t].to(dtype).masked_fill(~valid[t], 0)
         else:
             d_h = d_h + d_y[t].to(dtype)
+        if d_cells is not None:
+            own = d_cells[t].to(dtype)
+            d_c = d_c + (own if valid is None else own.masked_fill(~valid[t], 0))
 
         d_m = d_h if w_hr_ is None else d_h @ w_hr_
         d_c = d_c + d_m * o * (1 - tanh_c * tanh_c)

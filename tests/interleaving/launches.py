@@ -188,8 +188,8 @@ def forward(case: Case, p: Problem, launch: Launch = run_interleaved, **override
         persistent_forward_kernel,
         case.programs,
         **{
-            "x_proj_ptr": to_rows(case, p.x),
-            "w_hh_ptr": p.w_hh,
+            **input_projections(case, p),
+            **recurrent_weights(case, p),
             "h_0_ptr": p.h_0,
             "c_0_ptr": p.c_0,
             "y_ptr": y,
@@ -226,7 +226,7 @@ def backward(case: Case, p: Problem, done: Results, launch: Launch = run_interle
             "d_h_n_ptr": p.d_h_n,
             "d_c_n_ptr": p.d_c_n,
             "d_cells_ptr": None,
-            "w_hh_ptr": p.w_hh,
+            **recurrent_weights(case, p),
             "gates_ptr": gates,
             "cells_ptr": done.saved["cells"],
             "c_0_ptr": p.c_0,
@@ -247,6 +247,18 @@ def backward(case: Case, p: Problem, done: Results, launch: Launch = run_interle
     return replace(
         done, d_gates=from_rows(case, d_gates), d_h_0=d_h_0, d_c_0=d_c_0, d_h_reset=resets[0], d_c_reset=resets[1]
     )
+
+
+def input_projections(case: Case, p: Problem) -> dict[str, Any]:
+    first, *second = (to_rows(case, part) for part in p.x.chunk(case.directions, -1))
+    return {"x_proj_ptr": first, "x_proj_1_ptr": second[0] if second else None}
+
+
+def recurrent_weights(case: Case, p: Problem) -> dict[str, Any]:
+    """W_hh of each direction as torch has it: the rows of all heads, gate by gate."""
+    own = p.w_hh.unflatten(0, (case.directions, case.heads)).unflatten(2, (4, case.H))  # (D, N, 4, H, H)
+    first, *second = own.transpose(1, 2).reshape(case.directions, -1, case.H)
+    return {"w_hh_ptr": first, "w_hh_1_ptr": second[0].clone() if second else None}
 
 
 def shared_arguments(case: Case, p: Problem) -> dict[str, Any]:

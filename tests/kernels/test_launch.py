@@ -67,15 +67,19 @@ CASES = {
     "batch in several launches": ((2, 19, 3, 21, 1), None, True, TILE_BY_TILE[0], [(3, 1, 1)] * 3 + [(2, 1, 1)] * 3),
     "launches with lengths": ((3, 19, 3, 7, 2), (3, 0, 2) * 6 + (1,), True, TILE_BY_TILE[1], [(1, 1, 2)] * 6),
     "one of everything": ((1, 1, 1, 1, 1), None, True, SINGLE, [(1, 1, 1)] * 2),
+    "heads": ((3, 5, 4, 3 * 21, 1), None, True, SMALL, [(3, 1, 3), (2, 1, 3)]),
+    "heads alone, both directions": ((3, 5, 4, 3 * 7, 2), (3, 0, 2, 1, 3), True, SINGLE, [(1, 1, 6)] * 2),
+    "heads, directions one by one": ((2, 3, 4, 3 * 21, 2), None, False, SMALL, [(3, 1, 3)] * 2 + [(2, 1, 3)] * 2),
     "no steps": ((0, 2, 3, 7, 1), None, True, ({}, {}), []),
     "no rows": ((2, 0, 3, 7, 1), None, True, ({}, {}), []),
 }  # fmt: skip
 
 
-def draw(case, dtype=torch.float32):
+def draw(case, dtype=torch.float32, heads=1):
     (T, B, I, H, D), lengths, bias, *_ = case
     shapes = [(4 * H, I), (4 * H, H)] + [(4 * H,)] * (2 * bias)
     weights = [torch.randn(shape, dtype=dtype) * shape[-1] ** -0.5 for _ in range(D) for shape in shapes]
+    weights = [w[:, : H // heads].clone() if w.shape == (4 * H, H) else w for w in weights]
     inputs = (torch.randn(T, B, I, dtype=dtype), torch.randn(D, B, H, dtype=dtype), torch.randn(D, B, H, dtype=dtype))
     outer = (torch.randn(T, B, D * H), torch.randn(D, B, H), torch.randn(D, B, H))
     return inputs, weights, None if lengths is None else torch.tensor(lengths), [d.to(dtype) for d in outer]
@@ -84,7 +88,9 @@ def draw(case, dtype=torch.float32):
 def run(module, inputs, weights, lengths, outer, keep, resets=(None, None, None)):
     *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep, *resets)
     saved = (outputs[0], gates, cells, lengths)
-    return outputs + module.backward(*outer, *inputs, weights, *saved, True, True, *resets)
+    # The gradient of the cell states is the fourth, where there is one.
+    d_cells = outer[3] if len(outer) == 4 else None
+    return outputs + module.backward(*outer[:3], *inputs, weights, *saved, True, True, *resets, d_cells)
 
 
 def draw_resets(case, to_a_state):
@@ -99,7 +105,7 @@ def draw_resets(case, to_a_state):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(gpu, name, keep):
     *_, pins, grids = CASES[name]
-    inputs, weights, lengths, outer = draw(CASES[name])
+    inputs, weights, lengths, outer = draw(CASES[name], heads=3 if "heads" in name else 1)
     with launch_options(*pins):
         actual = run(launch, inputs, weights, lengths, outer, keep)
     assert gpu == grids
@@ -112,9 +118,12 @@ def test_equals_the_reference(gpu, name, keep):
 
 @pytest.mark.parametrize("keep", ["gates", "states"])
 @pytest.mark.parametrize("to_a_state", [False, True])
-@pytest.mark.parametrize("name", ["single", "streamed", "directions one by one", "lengths", "launches with lengths"])
+@pytest.mark.parametrize(
+    "name",
+    ["single", "streamed", "directions one by one", "lengths", "launches with lengths", "heads alone, both directions"],
+)
 def test_resets_equal_the_reference(gpu, name, to_a_state, keep):
-    inputs, weights, lengths, outer = draw(CASES[name])
+    inputs, weights, lengths, outer = draw(CASES[name], heads=3 if "heads" in name else 1)
     mask, *state = draw_resets(CASES[name], to_a_state)
     expected = run(layer_reference, inputs, weights, lengths, outer, keep, (mask, *state))
     *_, pins, grids = CASES[name]
@@ -128,6 +137,20 @@ def test_resets_equal_the_reference(gpu, name, to_a_state, keep):
                 torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)  # as above
             if name != "lengths":
                 break  # the forms of a mask once
+
+
+@pytest.mark.parametrize("keep", ["gates", "states"])
+@pytest.mark.parametrize("name", ["launches with lengths", "directions one by one", "heads alone, both directions"])
+def test_gradients_of_the_cell_states_equal_the_reference(gpu, name, keep):
+    inputs, weights, lengths, outer = draw(CASES[name], heads=3 if "heads" in name else 1)
+    (T, B, _, H, D), _, _, pins, grids = CASES[name]
+    outer = [*outer, torch.randn(T, B, D, H)]
+    with launch_options(*pins):
+        actual = run(launch, inputs, weights, lengths, outer, keep)
+    assert gpu == grids
+    expected = run(layer_reference, inputs, weights, lengths, outer, keep)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)  # as above
 
 
 def test_half_types_keep_half_gates(gpu):

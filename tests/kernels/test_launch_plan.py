@@ -29,6 +29,25 @@ calls = st.tuples(
 )
 
 
+@given(calls, st.sampled_from([2, 3, 4, 8, 16]))
+@settings(max_examples=200)
+def test_the_heads_of_a_direction_run_side_by_side(call, heads):
+    _, H, B, _, gpu, D, _ = call
+    plan = choose_plan(*call, heads=heads)
+    if plan.regime == "per_step":
+        # Only where programs of 16 units, which fit on every GPU, are too many; 4,000 units are not.
+        assert -(-H // 16) * heads > gpu.multiprocessors
+        assert H * heads > 4000
+        return
+    programs, groups, directions_and_heads = plan.grid
+    assert programs * groups * directions_and_heads <= gpu.multiprocessors
+    assert directions_and_heads % heads == 0
+    assert Counter(d for part in plan.direction_slices() for d in part) == Counter(range(D))
+    assert Counter(row for part in plan.batch_slices() for row in part) == Counter(range(B))
+    assert f"in each of {heads} heads" in plan.describe()
+    assert shared_memory_bytes(plan) <= gpu.shared_memory
+
+
 @given(calls)
 @settings(max_examples=400)
 def test_every_plan_can_run_and_covers_everything_once(call):

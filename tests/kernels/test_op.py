@@ -43,7 +43,7 @@ def make_layer(case, dtype=torch.float32, steps=T):
 
 
 def eager(keep, x, h_0, c_0, weights, lengths, *resets):
-    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *resets, *weights)[:3]
+    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *resets, False, *weights)[:3]
 
 
 def compiled(keep, *layer):
@@ -52,12 +52,12 @@ def compiled(keep, *layer):
 
 def arguments(layer, keep):
     """Those of the operator."""
-    return *layer[:5], "reference", keep, *layer[5:]
+    return *layer[:5], "reference", keep, *layer[5:], False
 
 
 def directions(*layer):
     """The same layer, one direction after another through `reference.lstm`."""
-    return lstm_layer(*layer, backend="reference")
+    return lstm_layer(*layer, backend="reference")[:3]
 
 
 def loss_of(outputs):
@@ -101,7 +101,7 @@ def test_operator_checks_of_inference_and_of_the_gradient(name):
     y, h_n, c_n, gates, cells = lstm_layer_op(*arguments(layer, "gates"))
     for outer in ((y, h_n, c_n), (y, None, None), (None, None, c_n)):
         for needs in ((True, True), (False, True), (True, False)):
-            inputs = (*outer, x, h_0, c_0, weights, y, gates, cells, lengths, "reference", *needs, *resets)
+            inputs = (*outer, x, h_0, c_0, weights, y, gates, cells, lengths, "reference", *needs, *resets, None)
             torch.library.opcheck(torch.ops.tlstm.lstm_layer_backward.default, inputs)
 
 
@@ -158,7 +158,7 @@ def test_vmap_and_jacobians_of_the_eager_way():
 
     def y_of(x):
         return LayerFunction.apply(
-            x, h_0.detach(), c_0.detach(), None, "reference", "gates", None, None, None, *weights
+            x, h_0.detach(), c_0.detach(), None, "reference", "gates", None, None, None, False, *weights
         )[0]
 
     torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(x) for x in many]))
@@ -172,9 +172,9 @@ def test_autocast_casts_the_state_after_a_reset(dtype):
         CASES["resets to a state, projection, both directions, lengths"]
     )
     with torch.autocast("cpu", dtype):
-        outputs = lstm_layer(x, h_0, c_0, weights, None, resets, *given, backend="reference")
+        outputs = lstm_layer(x, h_0, c_0, weights, None, resets, *given, backend="reference")[:3]
     x, h_0, c_0, h_reset, c_reset, *weights = (t.to(dtype) for t in (x, h_0, c_0, *given, *weights))
-    expected = lstm_layer(x, h_0, c_0, weights, None, resets, h_reset, c_reset, backend="reference")
+    expected = lstm_layer(x, h_0, c_0, weights, None, resets, h_reset, c_reset, backend="reference")[:3]
     for actual, e in zip(outputs, expected, strict=True):
         assert torch.equal(actual, e)
     outputs[0].float().sum().backward()
@@ -185,8 +185,9 @@ def test_autocast_casts_the_state_after_a_reset(dtype):
 def test_autocast_casts_and_gives_gradients_in_the_weights_dtype(dtype):
     x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
     with torch.autocast("cpu", dtype):
-        outputs = lstm_layer(x, h_0, c_0, weights, backend="reference")
-    expected = lstm_layer(*(t.to(dtype) for t in (x, h_0, c_0)), [w.to(dtype) for w in weights], backend="reference")
+        outputs = lstm_layer(x, h_0, c_0, weights, backend="reference")[:3]
+    half = [[t.to(dtype) for t in group] for group in ((x, h_0, c_0), weights)]
+    expected = lstm_layer(*half[0], half[1], backend="reference")[:3]
     for actual, e in zip(outputs, expected, strict=True):
         assert actual.dtype == dtype
         assert torch.equal(actual, e)

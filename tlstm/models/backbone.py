@@ -46,6 +46,8 @@ class LSTMModel(PreTrainedModel):
                 width,
                 bias=config.bias,
                 proj_size=config.proj_size,
+                num_heads=config.num_heads,
+                recompute=config.recompute,
                 weight_dropout=config.weight_dropout,
             )
             for input_size, width in zip(inputs, config.widths, strict=True)
@@ -74,8 +76,8 @@ class LSTMModel(PreTrainedModel):
         weights = dict(layer.named_parameters())
         biases = [weight for name, weight in weights.items() if name.startswith("bias")]
         if self.config.initializer == "orthogonal":
-            for gate in weights["weight_hh_l0"].chunk(4):
-                nn.init.orthogonal_(gate)
+            for block in weights["weight_hh_l0"].chunk(4 * self.config.num_heads):  # of one gate and head
+                nn.init.orthogonal_(block)
             for bias in biases:
                 nn.init.zeros_(bias)
         if biases:
