@@ -21,7 +21,7 @@ ROOMS = {
     "functional": ["functional", "functional_*"],
     "layer": ["layer", "layer_arguments"],
     "leaf": ["state", "validation", "version"],
-    "config": ["config"],
+    "config": ["config", "transformers_shim"],
     "pushable": ["pushable"],
     "files": ["checkpoint"],
     "tokenizer": ["tokenizer"],

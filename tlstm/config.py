@@ -24,6 +24,11 @@ INITIALIZERS = ("uniform", "orthogonal")
 # No real LSTM comes near these; they stop a damaged or hostile config before anything is allocated for it.
 MAX_WIDTH, MAX_LAYERS, MAX_VOCABULARY = 1 << 17, 1 << 10, 1 << 26
 
+# What transformers adds to the two configs it saves, and means nothing here; see `tlstm.integrations.transformers`.
+WRITTEN_BY_TRANSFORMERS = frozenset(
+    {"auto_map", "transformers_version", "use_cache", "_from_model_config", "output_attentions", "output_hidden_states"}
+)
+
 _DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -150,7 +155,7 @@ class LSTMConfig(Pushable):
     def from_dict(cls, values: dict[str, Any], *, source: str = "the configuration") -> LSTMConfig:
         """Build a config from JSON values. `source` names where they came from in errors and warnings.
 
-        Keys that this version does not know are kept in `extra`, with a warning.
+        Keys that this version does not know are kept in `extra`, with a warning unless they are transformers' own.
         """
         if not isinstance(values, dict):
             raise ValueError(f"{source}: expected a JSON object of settings, got {type(values).__name__}")
@@ -164,9 +169,10 @@ class LSTMConfig(Pushable):
         if "vocab_size" not in values:
             raise ValueError(f"{source}: `vocab_size` is missing; a tlstm config states at least its vocabulary size")
         unknown = {key: value for key, value in values.items() if key not in known}
-        if unknown:
+        strange = sorted(str(key) for key in unknown if key not in WRITTEN_BY_TRANSFORMERS)
+        if strange:
             warnings.warn(
-                f"{source}: unknown settings {shown(sorted(map(str, unknown)))} are kept but have no effect "
+                f"{source}: unknown settings {shown(strange)} are kept but have no effect "
                 f"(written by tlstm {shown(values.get('tlstm_version', 'of unknown version'))}, read by {__version__})",
                 stacklevel=2,
             )

@@ -18,6 +18,7 @@ from tlstm.checkpoint.files import is_weights_file, save_checkpoint
 from tlstm.config import CONFIG_NAME, LSTMConfig
 from tlstm.hub import checkpoint_folder, push_folder
 from tlstm.model_card import CARD_NAME, card_in, encoded, is_own, make_card, renewed
+from tlstm.transformers_shim import AUTO_MAP, SHIM, SHIM_NAME, names_shim
 from tlstm.weight_loading import GENERATION_CONFIG_NAME, check_device, check_dtype, load_model
 
 
@@ -138,6 +139,7 @@ class PreTrainedModel(nn.Module):
         push_to_hub: bool = False,
         tokenizer: SavableTokenizer | None = None,
         extra_files: Mapping[str, bytes] | None = None,
+        transformers_shim: bool = False,
         **push_kwargs: Any,
     ) -> None:
         """Save weights, `config.json` and `generation_config.json` into a folder, replacing a former model as one set.
@@ -156,6 +158,8 @@ class PreTrainedModel(nn.Module):
             tokenizer: saved as part of the same set.
             extra_files: name -> content of further files of the set. `README.md` is the model card, instead of the one
                 that would be made; the figures in a `training.json` go into the latter.
+            transformers_shim: add `modeling_tlstm.py`, one line with which transformers loads the checkpoint with
+                `trust_remote_code=True` where tlstm is installed; a checkpoint that had it keeps it.
 
         Raises:
             ValueError: a wrong argument. OSError: nothing could be saved; the old model is unchanged.
@@ -164,7 +168,7 @@ class PreTrainedModel(nn.Module):
             raise TypeError(f"save_pretrained: unexpected arguments {sorted(push_kwargs)} (they need push_to_hub=True)")
         if not is_main_process:
             return
-        files = self._companion_files(tokenizer, extra_files)
+        files = self._companion_files(tokenizer, extra_files, transformers_shim)
         if CARD_NAME not in files:
             folder = Path(save_directory)
             card, there = self._make_card(folder.resolve().name, files), card_in(folder)
@@ -178,6 +182,7 @@ class PreTrainedModel(nn.Module):
                 variant=variant,
                 tokenizer=tokenizer,
                 extra_files=extra_files,
+                transformers_shim=transformers_shim,
                 **push_kwargs,
             )
 
@@ -197,6 +202,7 @@ class PreTrainedModel(nn.Module):
         variant: str | None = None,
         tokenizer: SavableTokenizer | None = None,
         extra_files: Mapping[str, bytes] | None = None,
+        transformers_shim: bool = False,
     ) -> CommitInfo:
         """Push the model to a Hub repo in one commit, which also removes the variant's former weights.
 
@@ -208,13 +214,13 @@ class PreTrainedModel(nn.Module):
             revision: the branch, made if missing; the main branch by default.
             parent_commit: fail if the branch has moved on from this commit.
             tags: added to the model card's.
-            max_shard_size, variant, tokenizer, extra_files: as in `save_pretrained`.
+            max_shard_size, variant, tokenizer, extra_files, transformers_shim: as in `save_pretrained`.
 
         Raises:
             huggingface_hub's errors, unchanged; the repo then holds what it held before.
         """
         with tempfile.TemporaryDirectory(prefix="tlstm-push-") as folder:
-            files = self._companion_files(tokenizer, extra_files)
+            files = self._companion_files(tokenizer, extra_files, transformers_shim)
             save_checkpoint(folder, self._owned_state(), files, variant=variant, max_shard_size=max_shard_size)
             return push_folder(
                 Path(folder),
@@ -236,12 +242,16 @@ class PreTrainedModel(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in self._tied_weights}
 
     def _companion_files(
-        self, tokenizer: SavableTokenizer | None, extra_files: Mapping[str, bytes] | None
+        self, tokenizer: SavableTokenizer | None, extra_files: Mapping[str, bytes] | None, transformers_shim: bool
     ) -> dict[str, bytes]:
         config = dataclasses.replace(
             self.config, architectures=[type(self).__name__], dtype=str(self.dtype).removeprefix("torch.")
         )
+        if transformers_shim:
+            config.extra = {**config.extra, "auto_map": AUTO_MAP}
         own = {CONFIG_NAME: config.to_json().encode()}
+        if names_shim(config.extra):
+            own[SHIM_NAME] = SHIM
         generation_config = getattr(self, "generation_config", None)
         if generation_config is not None:
             own[GENERATION_CONFIG_NAME] = generation_config.to_json().encode()

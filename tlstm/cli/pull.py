@@ -36,10 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tlstm.checkpoint.folder_swap import replace_files
+    from tlstm.checkpoint.folder_swap import FileContent, replace_files
     from tlstm.cli.info import describe_checkpoint
+    from tlstm.config import CONFIG_NAME, LSTMConfig
     from tlstm.hub import checkpoint_files, download_snapshot
     from tlstm.model_card import CARD_NAME, CURVE_NAME
+    from tlstm.transformers_shim import SHIM, SHIM_NAME, names_shim
 
     repo, _, revision = args.repo.partition("@")
     if revision and args.revision is not None:
@@ -62,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         (path.name for path in snapshot.iterdir() if path.name in companions or is_part(path.name)),
         key=lambda name: (not name.endswith(".safetensors"), name == "config.json", name),
     )
-    files = {name: functools.partial(shutil.copyfile, snapshot / name) for name in names}
+    files: dict[str, FileContent] = {name: functools.partial(shutil.copyfile, snapshot / name) for name in names}
+    if names_shim(LSTMConfig.from_json_file(snapshot / CONFIG_NAME).extra):
+        files = {SHIM_NAME: SHIM, **files}  # our own line: code is never downloaded
     replace_files(folder, files, is_stale=is_part)
     print(f"{args.folder}: {len(names)} files of {args.repo}, {report['parameters']['total']:,} parameters")
     return 0

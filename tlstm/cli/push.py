@@ -24,6 +24,7 @@ EPILOG = """examples:
   tlstm push runs/first/model user/name --license apache-2.0 --tag v1.0
   tlstm push runs/first/model user/name --revision dev --message "After 10,000 steps"
   tlstm push runs/first/model someone/name --create-pr
+  tlstm push runs/first/model user/name --transformers-shim
 
 The access token is that of `hf auth login`, or HF_TOKEN, unless --token gives another one.
 """
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--card-tag", action="append", default=[], metavar="TEXT", help="add a tag to the model card (several times)"
     )
+    parser.add_argument(
+        "--transformers-shim",
+        action="store_true",
+        help="add modeling_tlstm.py, one line with which transformers loads the repo with trust_remote_code=True",
+    )
     add_token_argument(parser)
 
 
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from tlstm.cli.info import describe_checkpoint
     from tlstm.hub import push_folder
     from tlstm.model_card import make_card
+    from tlstm.transformers_shim import add_shim
 
     if args.tag is not None:
         _check_tag(args)
@@ -67,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         read_consistently(Path(args.folder).expanduser(), lambda view: _copy(view, copy, args.variant))
         # What is no whole checkpoint is refused before anything is sent.
         report = describe_checkpoint(copy, variant=args.variant)
+        if args.transformers_shim:
+            add_shim(copy)
         sources = {name: (copy / name).read_bytes() for name in _CARD_SOURCES if (copy / name).is_file()}
 
         def card(repo_id: str) -> str:

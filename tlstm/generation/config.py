@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tlstm.checkpoint.folder_swap import replace_files
 from tlstm.checkpoint.folder_view import read_whole
 from tlstm.checkpoint.json_file import parse_json
+from tlstm.config import WRITTEN_BY_TRANSFORMERS
 from tlstm.generation.philox import MAX_SEED
 from tlstm.validation import check_int, check_number, shown
 from tlstm.version import __version__
@@ -116,17 +117,15 @@ class GenerationConfig:
     def from_dict(cls, values: dict[str, Any], *, source: str = GENERATION_CONFIG_NAME) -> GenerationConfig:
         """Build from a dictionary; `source` names it in errors and warnings. Null means the default.
 
-        Keys that this version does not know are kept in `extra`, with a warning.
+        Keys that this version does not know are kept in `extra`, with a warning unless they are transformers' own.
         """
         if not isinstance(values, dict):
             raise ValueError(f"{source}: expected a JSON object of settings, got {type(values).__name__}")
         values = {key: value for key, value in values.items() if key != "tlstm_version"}
         unknown = {key: value for key, value in values.items() if key not in _DEFAULTS}
-        if unknown:
-            warnings.warn(
-                f"{source}: unknown settings {shown(sorted(map(str, unknown)))} are kept but have no effect",
-                stacklevel=2,
-            )
+        strange = sorted(str(key) for key in unknown if key not in WRITTEN_BY_TRANSFORMERS)
+        if strange:
+            warnings.warn(f"{source}: unknown settings {shown(strange)} are kept but have no effect", stacklevel=2)
         known = {key: value for key, value in values.items() if key in _DEFAULTS and value is not None}
         try:
             return cls(**known, extra=unknown)
