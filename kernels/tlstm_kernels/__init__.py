@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .article import ArticleWeights, article_forward
 from .checks import ArgumentError
+from .layer_op import lstm_layer
 from .reference import LSTMGradients, LSTMSteps, lstm, lstm_backward, lstm_forward
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "lstm",
     "lstm_backward",
     "lstm_forward",
+    "lstm_layer",
 ]

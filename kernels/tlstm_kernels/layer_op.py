@@ -25,6 +25,7 @@ from .checks import check_layer
 from .launch_options import applied, current_options
 from .layer_reference import or_zeros
 from .layer_weights import split_weights
+from .namespace import NAMESPACE
 from .positions import valid_positions, zero_padding
 
 _MODULES = {"triton": "launch", "reference": "layer_reference"}
@@ -151,7 +152,7 @@ class LayerFunction(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
 
 
-@torch.library.custom_op("tlstm::lstm_layer", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::lstm_layer", mutates_args=())
 def lstm_layer_op(
     x: Tensor,
     h_0: Tensor,
@@ -182,7 +183,7 @@ def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset, wi
     return x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H), gates, cells
 
 
-@torch.library.custom_op("tlstm::lstm_layer_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::lstm_layer_backward", mutates_args=())
 def lstm_layer_backward_op(
     d_y: Tensor | None,
     d_h_n: Tensor | None,
