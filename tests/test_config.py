@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlstm import LSTMConfig
+from tlstm import GenerationConfig, LSTMConfig
 
 
 def test_derived_sizes_follow_the_plain_fields():
@@ -64,6 +65,17 @@ def test_unknown_keys_are_kept_with_a_warning():
         config = LSTMConfig.from_dict({"vocab_size": 7, "from_the_future": {"a": [1]}})
     assert config.extra == {"from_the_future": {"a": [1]}}
     assert json.loads(config.to_json())["from_the_future"] == {"a": [1]}
+
+
+@pytest.mark.parametrize("config_class", [LSTMConfig, GenerationConfig])
+def test_what_transformers_adds_is_kept_without_a_word(config_class):
+    added = {"auto_map": {"AutoConfig": "modeling_tlstm.LSTMConfig"}, "transformers_version": "5.23.0"}
+    required = {"vocab_size": 7} if config_class is LSTMConfig else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = config_class.from_dict({**required, **added})
+    assert config.extra == added
+    assert json.loads(config.to_json()).items() >= added.items()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ def test_three_steps_of_the_trainer(own, theirs, tmp_path, accumulate):
     """Labels that do not count are spread unevenly, so that a mean of means would be another loss."""
     ids = torch.randint(0, 65, (6, 13))
     labels = ids.masked_fill(torch.rand(6, 13) < torch.linspace(0, 0.8, 6)[:, None], -100)
+    labels[:, 0] = -100  # nothing predicts the first token, but the Trainer of transformers 5.0 counts it
     arguments = transformers.TrainingArguments(
         tmp_path / "runs",
         max_steps=STEPS,
