@@ -186,6 +186,15 @@ def test_special_tokens_that_are_none(folder: Path, role: str, value: object) ->
     refusal(folder, "tokenizer_config.json")
 
 
+@pytest.mark.parametrize("token_id", [1 << 21, (1 << 32) - 1, 1 << 32, -1])
+def test_a_token_with_an_absurd_id(folder: Path, token_id: int) -> None:
+    """With 2^32 - 1 the library that reads tokenizers ends the process when it lists the ids without a token."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["extra"] = token_id
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refusal(folder, "tokenizer.json")
+
+
 def test_other_settings_of_a_tokenizer(folder: Path) -> None:
     for value in (7, "middle", None, ["left"]):
         rewrite(folder / "tokenizer_config.json", padding_side=value)

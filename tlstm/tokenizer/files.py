@@ -21,6 +21,7 @@ from tlstm.validation import shown
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+_GAPS = 1 << 20  # ids without a token; the library lists them all in memory when it writes the file
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -44,8 +45,13 @@ def _read(view: FolderView) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare `Exception`s for everything it cannot read
         raise CheckpointError(f"{_damaged(path)} ({error})") from error
-    if not backend.get_vocab_size(with_added_tokens=True):
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary:
         raise CheckpointError(f"{_damaged(path)} (it has no tokens)")
+    if max(vocabulary.values()) > len(vocabulary) + _GAPS:
+        raise CheckpointError(
+            f"{_damaged(path)} (its {len(vocabulary)} tokens have ids up to {max(vocabulary.values())})"
+        )
     path = view.folder / CONFIG_FILE
     if view.path(CONFIG_FILE) is None:
         return backend, {}
