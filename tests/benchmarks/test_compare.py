@@ -39,7 +39,7 @@ def git(repo: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory) -> Path:
-    """Commits `before` (the same, written otherwise), `wrong` (half the output) and `plain`, which the tree stands at."""
+    """Commits `before` (the same, written otherwise), `wrong` (half the output) and `plain`, where the tree stands."""
     root = tmp_path_factory.mktemp("repo")
     git(root, "init", "-q")
     (root / "tlstm").mkdir()
