@@ -6,7 +6,8 @@
 # Parts, each within PART_MINUTES (10) and each writing its results as they come:
 #     tests       tests/gpu, every test with a limit of its own            -> OUT_DIR/tests.{xml,log}
 #     sanitizer   compute-sanitizer's memcheck and racecheck, small sizes   -> OUT_DIR/sanitizer_*.log
-#     speed       tlstm beside torch.nn.LSTM, microseconds per step         -> OUT_DIR/speed.{csv,json}
+#     speed       tlstm beside torch.nn.LSTM: the set `check` of benchmarks.run, most telling shapes first, until the
+#                 time is up; the same command goes on from there           -> OUT_DIR/check-COMMIT.{csv,json,svg}
 # Ends with one line for each part; the exit code is the number of parts that failed. Without a GPU it says so and
 # ends with 0: nothing was found wrong, and nothing was checked.
 set -uo pipefail
@@ -47,8 +48,9 @@ run_sanitizer() {
 }
 
 run_speed() {
-    timeout -k 10 $((SECONDS_OF_A_PART + 10)) "$PYTHON" benchmarks/gpu_check.py speed --out "$OUT" \
-        --seconds "$SECONDS_OF_A_PART" ${SPEED_ARGS:-} 2>&1 | tee "$OUT/speed.log" | tail -40
+    timeout -k 10 $((SECONDS_OF_A_PART + 60)) "$PYTHON" -m benchmarks.run --set check --out "$OUT" --device cuda \
+        --providers tlstm torch --dtype bfloat16 float16 tf32 float32 --time-limit "$SECONDS_OF_A_PART" \
+        ${SPEED_ARGS:-} 2>&1 | tee "$OUT/speed.log" | tail -40
 }
 
 failures=0

@@ -19,7 +19,7 @@ from tlstm.benchmark.sets import SETS
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance: begin (python -m benchmarks.readme) -->", "<!-- performance: end -->"
-REPORTED = [name for name in SETS if name not in ("short", "layer")]
+REPORTED = [name for name in SETS if name not in ("short", "layer", "check")]
 NOTHING_FROM_A_GPU = """**Not measured yet: everything on a GPU.** No figure in this repository comes from one: neither
 speed, nor the distance from the floor, nor the comparison with cuDNN, FlashRNN, Haste, xLSTM and TorchRL. Whoever has a
 card gets the truth about it from one command, which checks every provider against float64 before it is timed:

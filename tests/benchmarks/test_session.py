@@ -118,6 +118,16 @@ def test_ctrl_c_keeps_the_rows_and_the_next_run_goes_on(tmp_path):
     assert len(more.asked) == 3
 
 
+def test_a_time_limit_ends_a_set_between_workloads(tmp_path):
+    wanted = settings(modes=("forward",), providers=("torch-loop",), time_limit=0)
+    first = Interrupted(after=99)
+    table = run_set("tiny", wanted, tmp_path, measure_one=first)
+    assert (first.asked, table.about["complete"]) == ([], False)
+    rest = Interrupted(after=99)
+    assert run_set("tiny", settings(modes=("forward",), providers=("torch-loop",)), tmp_path, measure_one=rest).rows
+    assert [w for _, w in rest.asked] == list(TINY)  # the first ones of a set first
+
+
 def test_what_failed_is_tried_again(tmp_path):
     row = {"set": "tiny", "mode": "forward", "dtype": "float32", **TINY[0].to_row(), "provider": "torch"}
     table = Table(tmp_path / "t.csv", {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ class Settings:
     seconds: float = 2.0  # of turns, for each workload
     full_size: bool = False  # on a CPU: sizes as they are on a GPU
     resume: bool = True
+    time_limit: float = math.inf  # seconds of a set, after which no further workload begins
 
     def __post_init__(self) -> None:
         for what, values, known in (("mode", self.modes, MODES), ("dtype", self.dtypes, DTYPES)):
@@ -99,9 +102,9 @@ def run_set(
     workloads = workloads_of(set_name, small=not settings.on_gpu and not settings.full_size)
     turns = [
         (mode, dtype, workload, settings.providers_of(mode, workload))
-        for mode in settings.modes_of(set_name)
+        for workload in workloads  # the most telling ones first, whenever the run ends
         for dtype in settings.dtypes_used()
-        for workload in workloads
+        for mode in settings.modes_of(set_name)
     ]
     commit = commit_of(ROOT)
     machine = describe_machine(settings.device)
@@ -117,11 +120,14 @@ def run_set(
     table = Table(path, about, settings.resume)
     common = {name: machine.get(name, "") for name in ("device", "machine", "torch", "triton")} | {"commit": commit}
     complete = False
+    end = time.monotonic() + settings.time_limit
     try:
         for mode, dtype, workload, names in tqdm(turns, desc=set_name, unit="row", disable=None):
             key = key_of({"set": set_name, "mode": mode, "dtype": dtype, **workload.to_row()})
             if table.finished(key, names):
                 continue
+            if time.monotonic() > end:
+                return table
             rows = measure_one(workload, mode, dtype, names, settings.device, settings.seconds, floor)
             rows = [{"set": set_name, **common, **row} for row in rows]
             table.add(rows)

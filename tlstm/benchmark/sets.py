@@ -117,6 +117,13 @@ def _layer_set() -> list[Workload]:
     ]
 
 
+def _check() -> list[Workload]:
+    """A first look at a new card, for `benchmarks/gpu_check.sh`: the anchor of `headline`, then widths for one batch
+    size after another."""
+    widths = (64, 128, 256, 512, 650, 768, 1024, 1536, 2048)
+    return [_layer(1024, 16, 768), *(_layer(512, B, H) for B in (16, 1, 64, 7, 128) for H in widths)]
+
+
 def _curve_t() -> list[Workload]:
     """Time and memory against the length of the sequence, for the layer of `headline`."""
     return [_layer(T, 16, 768) for T in (64, 128, 256, 512, 1024, 2048)]
@@ -150,6 +157,7 @@ _set(_small, "small")
 _set(_decode, "decode", decode=True)
 _set(_short, "short")
 _set(_layer_set, "layer")
+_set(_check, "check")
 _set(_curve_t, "curve-T", curve="T")
 _set(_curve_b, "curve-B", curve="B")
 _set(_curve_h, "curve-H", curve="H")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, default_set: str) -> None
     parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="float16, bfloat16, tf32, float32")
     parser.add_argument("--mode", nargs="+", metavar="MODE", help="forward, backward, train; decode for that set")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each workload (default 2)")
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="S", help="stop a set after S seconds")
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU (default 1)")
     parser.add_argument("--full-size", action="store_true", help="on a CPU, too, the sizes meant for a GPU")
@@ -74,7 +76,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any]:
 
     settings = Settings(
         device, some(args.providers), some(args.dtype), some(args.mode), args.seconds, args.full_size,
-        resume=not getattr(args, "fresh", False),
+        resume=not getattr(args, "fresh", False), time_limit=args.time_limit,
     )  # fmt: skip
     for name in args.set:
         check_set(name, settings)
