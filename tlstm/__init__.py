@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tlstm.config import LSTMConfig
     from tlstm.functional import BackendUnavailableError
     from tlstm.generation.config import GenerationConfig
-    from tlstm.generation.generate import GenerateOutput
+    from tlstm.generation.output import GenerateOutput
     from tlstm.generation.state import GenerationState
     from tlstm.generation.streamers import TextIteratorStreamer, TextStreamer
     from tlstm.layer import LSTM
@@ -36,7 +36,7 @@ _HOMES = {
     "BackendUnavailableError": "tlstm.functional",
     "CausalLMOutput": "tlstm.models",
     "CheckpointError": "tlstm.checkpoint.files",
-    "GenerateOutput": "tlstm.generation.generate",
+    "GenerateOutput": "tlstm.generation.output",
     "GenerationConfig": "tlstm.generation.config",
     "GenerationState": "tlstm.generation.state",
     "LSTM": "tlstm.layer",

@@ -11,8 +11,11 @@ import torch
 from tlstm import LSTMConfig, LSTMForCausalLM
 
 
-def build_model(seed: int = 1, dtype: torch.dtype = torch.float32, sharpness: float = 2.0, **settings: Any):
-    """A model in evaluation mode with weights of such a size that its predictions depend on the text."""
+def build_model(seed: int = 1, dtype: torch.dtype = torch.float64, sharpness: float = 2.0, **settings: Any):
+    """A model in evaluation mode with weights of such a size that its predictions depend on the text.
+
+    In float64 unless asked otherwise: such weights multiply rounding errors, and texts must not depend on them.
+    """
     config = LSTMConfig(**{"vocab_size": 13, "hidden_size": 7, "num_layers": 2, **settings})
     generator = torch.Generator().manual_seed(seed)
     model = LSTMForCausalLM(config)

@@ -245,7 +245,7 @@ def test_scores_are_the_processed_logits_of_each_step(model, prompts) -> None:
     assert len(out.scores) == len(out.logits) == max(map(len, out.new_tokens))
     for row, (prompt, new) in enumerate(zip(prompts, out.new_tokens, strict=True)):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+            logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1].float()
         got = torch.stack([step[row] for step in out.logits])
         torch.testing.assert_close(got[: len(new)], logits, rtol=1e-5, atol=1e-5)
         assert (got[len(new) :] == -torch.inf).all()

@@ -85,7 +85,7 @@ def test_a_cached_prompt_serves_many_suffixes_and_is_read_once(model, monkeypatc
     cached = model.prefill([prompt])
     assert sum(fed) == 100
     fed.clear()
-    one_by_one = [run(model, [suffix], state=cached, max_new_tokens=9) for suffix in suffixes]
+    one_by_one = [run(model, [suffix], state=cached, max_new_tokens=9, decoder="loop") for suffix in suffixes]
     assert [out.new_tokens[0] for out in one_by_one] == expected
     assert sum(fed) == sum(len(suffix) for suffix in suffixes) + 3 * 9
     assert [out.timings.prefill_tokens for out in one_by_one] == [1, 3, 2]

@@ -49,8 +49,15 @@ _SMALL_STEP = 1 << 25
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tlstm.generation.config import GenerationConfig
+    from tlstm.generation.decoders import DECODERS
 
-    add_model_arguments(parser, threads="1 where a step is small, else torch's choice")
+    group = add_model_arguments(parser, threads="1 where a step is small, else torch's choice")
+    group.add_argument(
+        "--decoder",
+        default="auto",
+        choices=DECODERS,
+        help="way to make the tokens (default: the fastest that serves the request; --verbose tells)",
+    )
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
     source.add_argument(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.history import TokenHistory
-from tlstm.generation.loop import FinishReason, model_step, new_token_limits
+from tlstm.generation.model_step import model_step
 from tlstm.generation.prefill import LanguageModel
+from tlstm.generation.rows import FinishReason, new_token_limits
 from tlstm.generation.sampling import LogitsProcessor, check_some_token
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import StopStrings

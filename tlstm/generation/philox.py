@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 # Noise is drawn for several positions at once, up to this many numbers (float32: 1 MiB), because on small
 # vocabularies the cost of the 130 or so tensor operations of a draw is their dispatch, not their arithmetic.
 _CACHED_NUMBERS = 1 << 18
-_CACHED_POSITIONS = 128
+_CACHED_POSITIONS = 256
 _WORKING_SET = 1 << 17
 
 
@@ -116,6 +116,7 @@ class GumbelNoise:
         self._return_index = torch.tensor(return_index, dtype=torch.int64, device=device)
         self._positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self._block: Tensor | None = None  # (rows, P, V)
+        self._parts: tuple[Tensor, ...] = ()  # the same, position by position
         self._used = 0  # positions of the block already passed
 
     def next(self) -> Tensor:
@@ -124,9 +125,12 @@ class GumbelNoise:
             self._positions, self._used = self._positions + self._used, 0
             count = max(1, min(_CACHED_POSITIONS, _CACHED_NUMBERS // (len(self._positions) * self.vocab_size)))
             ahead = self._positions[:, None] + torch.arange(count, device=self._positions.device)
-            self._block = token_noise(self._key, ahead, self._return_index, self.vocab_size)
+            self._set_block(token_noise(self._key, ahead, self._return_index, self.vocab_size))
         self._used += 1
-        return self._block[:, self._used - 1]
+        return self._parts[self._used - 1]
+
+    def _set_block(self, block: Tensor) -> None:
+        self._block, self._parts = block, block.unbind(1)
 
     def next_of(
         self,
@@ -137,6 +141,27 @@ class GumbelNoise:
         self._positions, self._used, self._block = positions + 1, 0, None
         return noise_of_tokens(self._key, positions, self._return_index, token_ids)
 
+    def extend(
+        self,
+        seeds: Sequence[int],
+        return_index: Sequence[int],
+        positions: Sequence[int],
+    ) -> None:
+        """Add rows, as the constructor takes them, after the present ones."""
+        device, used = self._positions.device, self._used
+        key, index = seed_words(seeds, device), torch.tensor(return_index, dtype=torch.int64, device=device)
+        position = torch.tensor(positions, dtype=torch.int64, device=device)
+        if self._block is not None:  # what is left of it stays, and the new rows get as much
+            ahead = torch.arange(self._block.shape[1] - used, device=device)
+            if len(self._positions) and len(ahead):
+                new = token_noise(key, position[:, None] + ahead, index, self.vocab_size)
+                self._set_block(torch.cat([self._block[:, used:], new]))
+            else:
+                self._block = None
+        self._positions, self._used = torch.cat([self._positions + used, position]), 0
+        self._key = (torch.cat([self._key[0], key[0]]), torch.cat([self._key[1], key[1]]))
+        self._return_index = torch.cat([self._return_index, index])
+
     def select(
         self,
         rows: Tensor,  # (n,) int64
@@ -145,4 +170,4 @@ class GumbelNoise:
         self._key = (self._key[0][rows], self._key[1][rows])
         self._return_index, self._positions = self._return_index[rows], self._positions[rows]
         if self._block is not None:
-            self._block = self._block[rows]
+            self._set_block(self._block[rows])

@@ -8,7 +8,8 @@ that a filter keeps are kept too (transformers does so in top-k and typical-p; i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -187,38 +188,68 @@ class LogitsProcessor:
         self._eos = torch.tensor(config.eos_ids, dtype=torch.int64, device=device)
         self._suppressed = torch.tensor(config.suppress_tokens or [], dtype=torch.int64, device=device)
         self.needs_seen = config.repetition_penalty != 1.0
+        self.needs_history = config.no_repeat_ngram_size > 0 or bool(config.bad_words_ids)
+        self.needs_count = config.min_new_tokens > 0 and bool(config.eos_ids)
+        self._penalises = self.needs_seen or self.needs_history or self.needs_count or bool(config.suppress_tokens)
+        self._filters = _filters(config)
 
     def __call__(
         self,
         logits: Tensor,  # (rows, V) float32
-        history: Tensor,  # (rows, N) int64, padded on the left with -1
+        history: Tensor | None,  # (rows, N) int64, padded on the left with -1, where `needs_history`
         seen: Tensor | None,  # (rows, V) bool, where `needs_seen`
-        new_tokens: int,
+        new_tokens: int | Sequence[int],
     ) -> Tensor:
-        """Process one step's logits; `new_tokens` is how many tokens this call has made in each row so far."""
+        """Process one step's logits; `new_tokens` is how many were made so far, in every row or in each."""
+        if self._penalises:
+            logits = self._penalise(logits, history, seen, new_tokens)
+        for keep in self._filters:
+            logits = keep(logits)
+        return logits
+
+    def _penalise(
+        self, logits: Tensor, history: Tensor | None, seen: Tensor | None, new_tokens: int | Sequence[int]
+    ) -> Tensor:
         config = self._config
-        if seen is not None and self.needs_seen:
+        if self.needs_seen:
+            assert seen is not None
             logits = repetition_penalty(logits, seen, config.repetition_penalty)
-        if config.no_repeat_ngram_size:
-            logits = forbid_repeated_ngrams(logits, history, config.no_repeat_ngram_size)
-        if config.bad_words_ids:
-            logits = forbid_bad_words(logits, history, config.bad_words_ids)
-        if new_tokens < config.min_new_tokens and len(self._eos):
-            logits = forbid_tokens(logits, self._eos)
+        if self.needs_history:
+            assert history is not None
+            if config.no_repeat_ngram_size:
+                logits = forbid_repeated_ngrams(logits, history, config.no_repeat_ngram_size)
+            if config.bad_words_ids:
+                logits = forbid_bad_words(logits, history, config.bad_words_ids)
+        if self.needs_count:
+            logits = self._forbid_early_end(logits, new_tokens)
         if len(self._suppressed):
             logits = forbid_tokens(logits, self._suppressed)
-        return self._filter(logits) if config.do_sample else logits
-
-    def _filter(self, logits: Tensor) -> Tensor:
-        config = self._config
-        if config.temperature != 1.0:
-            logits = logits / config.temperature
-        if config.top_k:
-            logits = top_k_filter(logits, config.top_k)
-        if config.top_p is not None and config.top_p < 1:
-            logits = top_p_filter(logits, config.top_p)
-        if config.min_p:
-            logits = min_p_filter(logits, config.min_p)
-        if config.typical_p is not None and config.typical_p < 1:
-            logits = typical_p_filter(logits, config.typical_p)
         return logits
+
+    def _forbid_early_end(self, logits: Tensor, new_tokens: int | Sequence[int]) -> Tensor:
+        counts = [new_tokens] if isinstance(new_tokens, int) else new_tokens
+        young = [count < self._config.min_new_tokens for count in counts]
+        if not any(young):
+            return logits
+        forbidden = forbid_tokens(logits, self._eos)
+        return torch.where(torch.tensor(young, device=logits.device)[:, None], forbidden, logits)
+
+
+def _filters(config: GenerationConfig) -> list[Callable[[Tensor], Tensor]]:
+    """What of temperature and filters is on, as functions of the logits."""
+    if not config.do_sample:
+        return []
+    filters: list[Callable[[Tensor], Tensor]] = []
+    if config.temperature != 1.0:
+        # A tensor: torch makes one of a number anew at every call, at twice the cost of the division.
+        temperature = torch.tensor(config.temperature, dtype=torch.float32)
+        filters.append(lambda logits: logits / temperature)
+    if config.top_k:
+        filters.append(partial(top_k_filter, k=config.top_k))
+    if config.top_p is not None and config.top_p < 1:
+        filters.append(partial(top_p_filter, p=config.top_p))
+    if config.min_p:
+        filters.append(partial(min_p_filter, p=config.min_p))
+    if config.typical_p is not None and config.typical_p < 1:
+        filters.append(partial(typical_p_filter, p=config.typical_p))
+    return filters

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tlstm.config import LSTMConfig
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.generate import GenerationMixin
+from tlstm.generation.step_weights import StepWeights
 from tlstm.models.backbone import LSTMModel
+from tlstm.models.decoding import step_weights
 from tlstm.pretrained import PreTrainedModel
 from tlstm.state import LSTMState
 
@@ -65,6 +67,10 @@ class LSTMForCausalLM(GenerationMixin, PreTrainedModel):
     def zero_state(self, batch_size: int) -> LSTMState:
         """The state before any input, for `batch_size` streams."""
         return self.model.zero_state(batch_size)
+
+    def step_weights(self) -> StepWeights | str:
+        """All that a token's step in evaluation mode computes with, or why that is more than weights can tell."""
+        return step_weights(self, LSTMForCausalLM.forward)
 
     def forward(
         self,
