@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,17 @@ from tlstm.cli import arguments
 from tlstm.cli.common import (
     ModelSource,
     add_model_arguments,
-    format_bytes,
-    format_count,
     load_model,
     peak_memory,
     set_threads,
 )
+from tlstm.cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from tlstm.cli.generate_texts import Result
+    from tlstm.cli.generate_texts import Result, Text
     from tlstm.models import LSTMForCausalLM
+    from tlstm.tokenizer.tokenizer import Tokenizer
+    from tlstm.training.interrupt import StopRequest
 
 DESCRIPTION = """Continue a text, or make one up. The text goes to stdout as it is made, the prompt first; speed, memory
 and the seed (which repeats the text) go to stderr.
@@ -36,6 +37,7 @@ EPILOG = """examples:
   echo "Once upon a time" | tlstm generate --model user/name@v1.0 --top-p 0.95
   tlstm generate --prompt - --stop "\\n\\n" < beginning.txt
   tlstm generate --prompt-file prompts.txt --num-return-sequences 4 --json > texts.json
+  tlstm generate --prompt-file prompts.txt --out texts.jsonl --batch-size 64 [--resume]
   tlstm generate --prompt "First" --max-new-tokens 100 --state-out text.safetensors
   tlstm generate --state-in text.safetensors --max-new-tokens 100
 """
@@ -65,11 +67,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="text to continue; - or a pipe reads it from stdin, as it is (default: begin a new text)",
     )
-    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line, continued side by side")
+    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line, --batch-size of them at a time")
+    prompt.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="texts side by side; one that ends makes room for the next (default: 16)",
+    )
     prompt.add_argument("--state-in", metavar="FILE", help="continue where --state-out left off; a prompt adds to it")
     prompt.add_argument("--state-out", metavar="FILE", help="save where the text stands, to be continued later")
     output = parser.add_argument_group("output")
     output.add_argument("--no-echo", action="store_true", help="leave the prompt out of the text")
+    output.add_argument(
+        "--out",
+        metavar="FILE.jsonl",
+        help="write texts into a file, one JSON object a line, as they end; Ctrl-C keeps those that have",
+    )
+    output.add_argument("--resume", action="store_true", help="make only the texts that --out lacks")
     output.add_argument("--json", action="store_true", help="print one JSON object: texts, tokens, reasons, figures")
     amount = output.add_mutually_exclusive_group()
     amount.add_argument("--quiet", action="store_true", help="no figures on stderr")
@@ -100,12 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tlstm.cli.generate_report import figures, introduction, report
     from tlstm.cli.generate_texts import encode_prompt, generate_many, generate_one, read_prompts
     from tlstm.generation.state import GenerationState
     from tlstm.training.interrupt import StopRequest
 
-    if args.state_out is not None and not Path(args.state_out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--state-out {args.state_out}: its folder does not exist; make it first")
+    _check_flags(args)
     words = read_prompts(args)
     source = ModelSource.parse(args.model)
     state = None if args.state_in is None else GenerationState.load(args.state_in)
@@ -114,37 +129,109 @@ def run(args: argparse.Namespace) -> int:
     effective = model.generation_config.replace(**settings)  # checks them before any work is done
     bos = effective.bos_token_id if effective.bos_token_id is not None else model.config.bos_token_id
     prompts = [(text, encode_prompt(text, tokenizer, bos, continued=state is not None)) for text in words]
-    rows = effective.num_return_sequences * max(len(prompts), 1 if state is None else state.batch_size)
+    texts = effective.num_return_sequences * max(len(prompts), 1 if state is None else state.batch_size)
+    # A state is continued, and beams are searched, as one batch; other texts take turns in the rows of one.
+    queued = state is None and effective.num_beams == 1 and (texts > 1 or args.out is not None)
+    rows = min(texts, args.batch_size) if queued else texts
     if args.threads is None and model.num_parameters() * rows < _SMALL_STEP:
         set_threads(1)
     if args.verbose:
-        print(_introduction(str(source), model, settings), file=sys.stderr)
+        print(introduction(str(source), model, settings), file=sys.stderr)
 
     stop = StopRequest()
     write = _write if not args.json else _swallow
     if effective.num_beams > 1:  # its steps are not told apart from outside: Ctrl-C ends it at once
-        result = generate_many(model, tokenizer, prompts, state, settings, None)
-    elif rows > 1:
+        result = generate_many(model, tokenizer, prompts, state, settings, None, args.decoder)
+    elif queued:
         with stop:
-            result = generate_many(model, tokenizer, prompts, state, settings, stop)
+            result = _generate_queued(args, str(source), model, tokenizer, prompts, settings, stop, write)
+    elif texts > 1:
+        with stop:
+            result = generate_many(model, tokenizer, prompts, state, settings, stop, args.decoder)
     else:
         with stop:
             prompt = prompts[0] if prompts else None
-            result = generate_one(model, tokenizer, prompt, state, settings, stop, write, echo=not args.no_echo)
+            result = generate_one(
+                model, tokenizer, prompt, state, settings, stop, write, echo=not args.no_echo, decoder=args.decoder
+            )
             if not result.reader_gone:
                 write("\n")
-    if args.state_out is not None:
+    if args.state_out is not None and result.state is not None:
         result.state.save(args.state_out)
-    if effective.num_beams > 1 or rows > 1:
+    if effective.num_beams > 1 or (texts > 1 and not queued):
         write("\n---\n".join(("" if args.no_echo else text.prompt) + text.text for text in result.texts) + "\n")
     memory = peak_memory(model.device)
     if args.json:
-        print(json.dumps(_report(str(source), result, memory), ensure_ascii=False), flush=True)
+        print(json.dumps(report(str(source), result, memory), ensure_ascii=False), flush=True)
+    if args.verbose:
+        print(f"decoder {result.decoder or 'beam search: the model is called for every token'}", file=sys.stderr)
     if not args.quiet:
-        print(_figures(result, sum(len(ids) for _, ids in prompts), memory), file=sys.stderr)
+        print(figures(result, sum(len(ids) for _, ids in prompts), memory), file=sys.stderr)
     if result.reader_gone:
         raise BrokenPipeError
     return 0 if stop.signal is None else 128 + stop.signal
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """What can be told to be wrong before a model is loaded."""
+    if args.state_out is not None and not Path(args.state_out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--state-out {args.state_out}: its folder does not exist; make it first")
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    if args.out is None:
+        if args.resume:
+            raise UsageError("--resume completes the file that --out names; add --out FILE.jsonl")
+        return
+    for name in ("state_in", "state_out", "json"):
+        if getattr(args, name):
+            raise UsageError(f"--out and --{name.replace('_', '-')} exclude each other; leave one out")
+    if getattr(args, "num_beams", 1) > 1:
+        raise UsageError("--out and --num-beams exclude each other; use --json for a beam search")
+
+
+def _generate_queued(
+    args: argparse.Namespace,
+    name: str,
+    model: LSTMForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: list[tuple[str, list[int]]],
+    settings: dict[str, Any],
+    stop: StopRequest,
+    write: Callable[[str], None],
+) -> Result:
+    """Texts through the rows of one batch, to stdout or into `--out`."""
+    from tlstm.cli.generate_batch import generate_batch, show_progress
+    from tlstm.cli.texts_file import TextsFile
+
+    effective = model.generation_config.replace(**settings)
+    copies, file, first = effective.num_return_sequences, None, True
+    if args.out is not None:
+        run = {key: value for key, value in effective.to_dict().items() if key not in ("seed", "tlstm_version")}
+        words = [text for text, _ in prompts for _ in range(copies)]
+        file = TextsFile(args.out, words, {"model": name, **run}, resume=args.resume)
+        if file.records and not hasattr(args, "seed") and effective.do_sample:
+            if len(file.seeds) > 1:
+                raise UsageError(f"{args.out}: its texts have seeds of their own; give the same --seed again")
+            settings = settings | {"seed": next(iter(file.seeds))}
+
+    def emit(text: Text) -> None:
+        nonlocal first
+        write(("" if first else "---\n") + ("" if args.no_echo else text.prompt) + text.text + "\n")
+        first = False
+
+    return generate_batch(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        stop,
+        batch_size=args.batch_size,
+        decoder=args.decoder,
+        copies=copies,
+        emit=emit,
+        file=file,
+        progress=show_progress(args.quiet, to_stdout=file is None and not args.json),
+    )
 
 
 def choose_settings(args: argparse.Namespace, model: LSTMForCausalLM, *, has_seeds: bool) -> dict[str, Any]:
@@ -170,57 +257,3 @@ def _write(piece: str) -> None:
 
 def _swallow(piece: str) -> None:
     """With --json nothing but the object may reach stdout."""
-
-
-def _introduction(name: str, model: LSTMForCausalLM, settings: dict[str, Any]) -> str:
-    from tlstm.functional import resolve_backend
-    from tlstm.layer import LSTM
-
-    layer = next(module for module in model.modules() if isinstance(module, LSTM))
-    defaults = {key: value for key, value in model.generation_config.to_dict().items() if key != "tlstm_version"}
-    shown = ", ".join(f"{key}={value!r}" for key, value in sorted((defaults | settings).items()))
-    where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
-    return (
-        f"model {name}: {format_count(model.num_parameters())} parameters, {where}, backend "
-        f"{resolve_backend(layer.backend, model.device)}\nsettings {shown}"
-    )
-
-
-def _report(name: str, result: Result, memory: dict[str, int]) -> dict[str, Any]:
-    timings = dataclasses.asdict(result.timings)
-    timings |= {"prefill_tokens_per_second": _prefill_speed(result), "decode_tokens_per_second": _decode_speed(result)}
-    return {
-        "model": name,
-        "sequences": [
-            {key: value for key, value in dataclasses.asdict(text).items() if key != "score" or value is not None}
-            for text in result.texts
-        ],
-        "timings": timings,
-        "peak_memory_bytes": memory,
-    }
-
-
-def _figures(result: Result, prompt_tokens: int, memory: dict[str, int]) -> str:
-    """One line: `prompt 6 tokens, 1,234 tokens/s | generated ... | peak memory ... | seed 7`."""
-    # A prompt's last token is fed by the first step, so a single one has no speed of its own.
-    speed = f", {_prefill_speed(result):,.0f} tokens/s" if result.timings.prefill_tokens else ""
-    parts = [
-        f"prompt {prompt_tokens:,} tokens{speed}",
-        f"generated {result.timings.decode_tokens:,} tokens, {_decode_speed(result):,.0f} tokens/s",
-    ]
-    if memory:
-        names = {"host": "", "device": "GPU "}
-        parts.append("peak memory " + ", ".join(names[place] + format_bytes(size) for place, size in memory.items()))
-    seeds = list(dict.fromkeys(text.seed for text in result.texts if text.seed is not None))
-    if seeds:
-        parts.append(f"seed {','.join(map(str, seeds))}")
-    return " | ".join(parts)
-
-
-def _prefill_speed(result: Result) -> float:
-    timings = result.timings
-    return timings.prefill_tokens / timings.prefill_seconds if timings.prefill_seconds else 0.0
-
-
-def _decode_speed(result: Result) -> float:
-    return result.timings.decode_tokens_per_second

@@ -16,6 +16,7 @@ from tlstm.cli.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tlstm.generation.decoders import DecoderChoice
     from tlstm.generation.loop import Timings
     from tlstm.generation.state import GenerationState
     from tlstm.models import LSTMForCausalLM
@@ -47,12 +48,16 @@ class Text:
 
 @dataclass
 class Result:
-    """What was made, where it stands, and how long it took. `reader_gone`: nobody reads our output any more."""
+    """What was made, where it stands (None: nothing was), how long it took, and in which way (None: by beam search).
+
+    `reader_gone`: nobody reads our output any more.
+    """
 
     texts: list[Text]
-    state: GenerationState
+    state: GenerationState | None
     timings: Timings
     reader_gone: bool = False
+    decoder: DecoderChoice | None = None
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -118,14 +123,17 @@ def generate_one(
     emit: Callable[[str], None],
     *,
     echo: bool,
+    decoder: str = "auto",
 ) -> Result:
     """One text, handed to `emit` piece by piece, after its prompt where `echo` says so.
 
     A stop request ends it after the token in the making.
     """
     words, ids = prompt if prompt is not None else ("", [])
-    stream = model.generate_stream([ids] if prompt is not None else None, state=state, tokenizer=tokenizer, **settings)
-    decoder = _Decoder(tokenizer, [*(state.tokens[0].tolist() if state is not None else ()), *ids])
+    stream = model.generate_stream(
+        [ids] if prompt is not None else None, state=state, tokenizer=tokenizer, decoder=decoder, **settings
+    )
+    decode = PieceDecoder(tokenizer, [*(state.tokens[0].tolist() if state is not None else ()), *ids])
     pieces: list[str] = []
     reader_gone = False
 
@@ -140,13 +148,13 @@ def generate_one(
             token = next(stream, None)
             if token is None:
                 break
-            hand_out(decoder.step(token))
-        hand_out(decoder.flush())
+            hand_out(decode.step(token))
+        hand_out(decode.flush())
     except BrokenPipeError:
         reader_gone = True
     after = stream.state
     text = Text(words, "".join(pieces), stream.new_tokens, stream.finish_reason or INTERRUPTED, _seeds(after)[0])
-    return Result([text], after, stream.timings, reader_gone)
+    return Result([text], after, stream.timings, reader_gone, stream.decoder)
 
 
 def generate_many(
@@ -156,6 +164,7 @@ def generate_many(
     state: GenerationState | None,
     settings: dict[str, Any],
     stop: StopRequest | None,
+    decoder: str = "auto",
 ) -> Result:
     """Several texts in one batch: of several prompts, several of each, or by beam search (which cannot be stopped)."""
     from tlstm.generation.loop import Timings
@@ -170,6 +179,7 @@ def generate_many(
             state=state,
             streamer=watcher,
             tokenizer=tokenizer,
+            decoder=decoder,
             **settings | {"return_dict_in_generate": True},
         )
     except _StopAskedError:
@@ -177,23 +187,24 @@ def generate_many(
         made, reasons, timings = watcher.rows(), [INTERRUPTED] * len(watcher.rows()), Timings()
         timings.decode_tokens = sum(map(len, made))
         after = _state_of(model, state, prompts, made, copies, settings.get("seed"))
-        scores = [None] * len(made)
+        scores, choice = [None] * len(made), None
     else:
         made, reasons, timings, after = output.new_tokens, output.finish_reasons, output.timings, output.state
         scores = [None] * len(made) if output.sequences_scores is None else output.sequences_scores.tolist()
+        choice = output.decoder
     given = list(prompts) or [("", [])] * (len(made) // copies)
     before = [[]] * len(given) if state is None else [ids.tolist() for ids in state.tokens]
     before = before * (len(given) // len(before))  # one state may serve several prompts
     texts = []
     for row, tokens in enumerate(made):
         words, ids = given[row // copies]
-        decoder = _Decoder(tokenizer, [*before[row // copies], *ids])
-        text = "".join(map(decoder.step, tokens)) + decoder.flush()
+        decode = PieceDecoder(tokenizer, [*before[row // copies], *ids])
+        text = "".join(map(decode.step, tokens)) + decode.flush()
         texts.append(Text(words, text, list(tokens), reasons[row], _seeds(after)[row], scores[row]))
-    return Result(texts, after, timings)
+    return Result(texts, after, timings, decoder=choice)
 
 
-class _Decoder:
+class PieceDecoder:
     """New tokens to text; knows the tokens before them, whose text is not repeated."""
 
     def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
