@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tlstm import LSTMForCausalLM, Tokenizer
+from tlstm.model_card import is_own, make_card
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
@@ -47,6 +48,9 @@ def test_holds_what_its_hub_repository_holds(folder):
         "loss.png",
     }
     assert names == required
+    table = (ROOT / "model_cards" / "README.md").read_text().split("## What a folder holds")[1].split("\n## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall("`(.*?)`", row)}
+    assert listed == required
     assert sum(path.stat().st_size for path in folder.iterdir()) <= SIZE_LIMIT
 
 
@@ -76,6 +80,9 @@ def test_card_states_the_measured_figures(folder):
     assert card.data.library_name == "tlstm"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.license == "apache-2.0"
+    assert card.data.language
+    assert card.data.datasets
+    assert "lstm" in card.data.tags
     run = figures(folder)
     assert run["command"] in re.sub(r" \\\n\s+", " ", card.text)
     assert f"{run['parameters']:,}" in card.text
@@ -90,6 +97,39 @@ def test_card_states_the_measured_figures(folder):
         (kind, round(run["valid"][0][key], 4))
         for kind, key in (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_character", "bits_per_character"))
     }
+
+
+def test_card_states_the_model_and_the_run(folder):
+    """What somebody wants to know before they load it, each against the config and the run's own record."""
+    card, run = ModelCard.load(folder / "README.md"), figures(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = " ".join(card.text.split())
+    layers = f"{config['num_layers']} layers of {config['hidden_size']} units"
+    data = f"{run['data']['text']['tokens']:,} characters, {config['vocab_size']} symbols"
+    batch = f"{run['training_config']['batch_size']} x {run['training_config']['window']} characters"
+    work = f"{run['steps']:,} steps of {batch} ({run['epochs']:.0f} epochs), {run['seconds'] / 60:.0f} minutes"
+    for fact in (layers, config["dtype"], data, work, run["hardware"].removeprefix("CPU, "), run["torch_version"]):
+        assert fact in text, fact
+    assert re.search(r"!\[.+\]\(loss\.png\)", card.text)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_card_says_what_the_generated_one_would(folder):
+    """The figures of the metadata, and the facts, come from the same files; only the words are the author's."""
+    written = ModelCard.load(folder / "README.md")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = json.loads(files["config.json"])
+    made = ModelCard(
+        make_card(config, name=folder.name, parameters=figures(folder)["parameters"], files=files, license="apache-2.0")
+    )
+    assert not is_own(files["README.md"].decode())
+    for key in ("library_name", "pipeline_tag", "license", "model_name"):
+        assert written.data[key] == made.data[key]
+    values = {result.metric_type: result.metric_value for result in made.data.eval_results}
+    assert {result.metric_type: result.metric_value for result in written.data.eval_results}.items() <= values.items()
+    for fact in (f"{figures(folder)['parameters']:,}", str(config["hidden_size"]), config["dtype"], "(loss.png)"):
+        assert fact in written.text
+        assert fact in made.text
 
 
 def test_snippet_of_the_card_runs(folder, monkeypatch, capsys):

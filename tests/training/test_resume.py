@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -227,3 +228,23 @@ def test_a_run_without_an_end_in_its_schedule_may_be_lengthened(tmp_path: Path) 
     )
     for name, tensor in one.tensors["model"].items():
         assert torch.equal(tensor, other.tensors["model"][name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": ["../../model"]}, "expected a list of names as `groups`"),
+        ({"groups": 3}, "expected a list of names as `groups`"),
+        ({"groups": ["model"]}, "damaged, or written by something else"),
+        ({"progress": {"step": 6, "magic": 1}}, "damaged, or written by something else"),
+        ({"progress": None}, "damaged, or written by something else"),
+        ({"config": []}, "damaged, or written by something else"),
+    ],
+)
+def test_values_of_another_make_are_refused(tmp_path: Path, change: dict, message: str) -> None:
+    """A checkpoint may come from a repo of somebody else's."""
+    values = make_trainer(tmp_path, max_steps=6).train().checkpoint / "trainer.json"
+    values.write_text(json.dumps(json.loads(values.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as failure:
+        make_trainer(tmp_path, max_steps=6).train(resume=True)
+    assert str(values.parent) in str(failure.value)

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from tlstm.checkpoint.files import read_json
 from tlstm.hub import download_snapshot
 from tlstm.training import checkpoint as files
 from tlstm.training.log import CSV_NAME, JSONL_NAME
@@ -65,6 +66,5 @@ def pull_run(
 
 def _forget_hub(path: Path) -> None:
     if path.is_file():
-        settings = json.loads(path.read_bytes())
-        kept = {name: value for name, value in settings.items() if not name.startswith("hub_")}
+        kept = {name: value for name, value in read_json(path).items() if not name.startswith("hub_")}
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")

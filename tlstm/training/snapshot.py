@@ -118,7 +118,14 @@ def restore(trainer: Trainer, path: Path) -> None:
             or number of processes; the message lists what differs.
     """
     checkpoint = files.read_checkpoint(path)
-    values, tensors = checkpoint.values, checkpoint.tensors
+    try:
+        _restore(trainer, checkpoint.values, checkpoint.tensors, path)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: damaged, or written by something else ({what}); resume from another one") from error
+
+
+def _restore(trainer: Trainer, values: dict[str, Any], tensors: dict[str, dict[str, Tensor]], path: Path) -> None:
     _check_same_run(trainer, values, path)
     files.fill_parameters(trainer.model, tensors["model"], path)
     files.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
