@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoCard
 from small_models import causal_lm
 
 from tlstm import LSTMConfig, LSTMModel, Tokenizer
@@ -185,9 +185,10 @@ def test_metadata_that_cannot_be_read_are_left_alone() -> None:
 
 
 def test_tags_and_licence_on_a_card_of_the_users() -> None:
-    card = "---\ntags: poems\nlicense: mit\n---\n\n# Mine\n"
+    card = "---\ntags: poems\nlicense: mit\nmodel-index: mine\n---\n\n# Mine\n"
     changed = with_metadata(card, tags=["sea"], license="cc0-1.0")
     assert changed.endswith("---\n\n# Mine\n")
-    assert ModelCard(changed).data.to_dict() == {"license": "cc0-1.0", "tags": ["poems", "sea"]}
+    data = {"tags": ["poems", "sea"], "license": "cc0-1.0", "model-index": "mine"}
+    assert list(RepoCard(changed).data.to_dict().items()) == list(data.items())
     assert with_metadata(card, tags=["poems"], license="mit") == card
     assert ModelCard(with_metadata("# Mine\n", tags=["sea"])).data.tags == ["sea"]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData, RepoCard
 
 from tlstm import model_card_text as sections
 from tlstm.checkpoint.folder_view import FolderView, read_consistently
@@ -109,7 +109,7 @@ def renewed(new: str, old: str | None) -> str:
         theirs = _parsed(old).data.to_dict()
     except ValueError:  # somebody has been at work in the metadata
         return old
-    mine = ModelCard(new).data.to_dict()
+    mine = _parsed(new).data.to_dict()
     kept = {key: value for key, value in theirs.items() if key not in _DERIVED}
     return with_metadata(_card(ModelCardData(**(kept | mine)), _text_of(new)), tags=_tags(theirs))
 
@@ -124,7 +124,7 @@ def with_metadata(card: str, *, tags: Sequence[str] = (), license: str | None = 
         return card
     parsed = _parsed(card)
     before = parsed.data.to_dict()
-    if tags:
+    if not set(tags) <= set(_tags(before)):
         parsed.data["tags"] = list(dict.fromkeys([*_tags(before), *tags]))
     if license is not None:
         parsed.data["license"] = license
@@ -154,9 +154,10 @@ def _title(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2] or name
 
 
-def _parsed(card: str) -> ModelCard:
+def _parsed(card: str) -> RepoCard:
+    """The card, its metadata as they stand: `ModelCard` would leave out what it does not know how to read."""
     try:
-        return ModelCard(card if _METADATA.match(card) else f"---\n{{}}\n---\n\n{card}", ignore_metadata_errors=True)
+        return RepoCard(card if _METADATA.match(card) else f"---\n{{}}\n---\n\n{card}", ignore_metadata_errors=True)
     except Exception as error:  # YAML's errors are no ValueErrors
         raise ValueError(f"{CARD_NAME}: its metadata cannot be read ({error}); mend the part between the ---") from None
 

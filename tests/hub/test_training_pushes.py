@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from tlstm import Tokenizer
 from tlstm.training import background_push, pushes
 from tlstm.training.checkpoint import checkpoint_path, read_checkpoint
 
-LIMIT = 60.0  # seconds; only a hang takes so long
+LIMIT = 120.0  # seconds; only a hang takes so long
 MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors", "training.json"}
 COMMIT = "POST /api/models/.*/commit/"
 
@@ -41,15 +42,17 @@ def hub(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lo
 
 
 class HeldRepo:
-    """A repo whose first commit waits until it is let go."""
+    """A repo whose commits wait until they are let go; the first does `at_reached` when it comes."""
 
-    def __init__(self, hub: LoopbackHub, name: str) -> None:
+    def __init__(self, hub: LoopbackHub, name: str, at_reached=lambda: None) -> None:
         self.repo = hub.repos[name] = Repo(name)
         self.reached, self.let_go = threading.Event(), threading.Event()
         commit = self.repo.commit
 
         def commit_when_let_go(*args):
-            self.reached.set()
+            if not self.reached.is_set():
+                self.reached.set()
+                at_reached()
             assert self.let_go.wait(LIMIT)
             return commit(*args)
 
@@ -198,6 +201,25 @@ def test_an_interrupted_run_lets_a_push_end(hub, name: str, tmp_path: Path, monk
     trainer.callbacks += at_step(11, stop)
     assert trainer.train().status == "interrupted"
     assert titles(hub, name) == ["Step 10"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of its own")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_wait_for_the_last_push(
+    hub, name: str, tmp_path: Path, monkeypatch, caplog, number: int
+) -> None:
+    monkeypatch.setattr(pushes, "GRACE_SECONDS", 0.1)
+    held = HeldRepo(hub, name, at_reached=lambda: os.kill(os.getpid(), number))
+    trainer = make_trainer(tmp_path, hub_model_id=name, hub_strategy="end", max_steps=7)
+    try:
+        result = trainer.train()
+        assert (result.status, result.step, result.hub_url) == ("finished", 7, None)
+        assert trainer.pushes._command._process.wait(LIMIT) != 0
+        staged = tmp_path / "hub" / "step-00000007"
+        assert f"push it by hand: tlstm push {staged} {name}" in caplog.text
+        assert {path.name for path in staged.iterdir()} == MODEL
+    finally:
+        held.let_go.set()
 
 
 @pytest.mark.parametrize("export", ["last", "best"])

@@ -14,7 +14,7 @@ import pytest
 from tlstm.training import background_push
 from tlstm.training.background_push import BackgroundPush, PushCommand, PushError, Snapshot
 
-LIMIT = 60.0  # seconds; only a hang takes so long
+LIMIT = 120.0  # seconds; only a hang takes so long
 
 
 class HeldPush:

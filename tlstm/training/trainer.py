@@ -48,7 +48,8 @@ class Trainer:
     `out_dir` then holds `model/` (what `from_pretrained` loads), `checkpoints/`, `log.csv`, `log.jsonl`, the loss
     curve and the tokenised text. SIGINT or SIGTERM finishes the step, saves a checkpoint and returns with status
     `"interrupted"`; `train(resume=True)` continues it and ends with bit for bit the same weights, averages and log as a
-    run without the interruption (same machine, same torch, same number of threads and processes).
+    run without the interruption (same machine, same torch, same number of threads and processes). Where the config
+    names a `hub_model_id`, the model also goes to the Hugging Face Hub, beside the training and never at its cost.
 
     Args:
         model: trained in place, in float32 or float64; autocast gives the speed of narrower types.
