@@ -8,7 +8,8 @@ from __future__ import annotations
 from .article import ArticleWeights, article_forward
 from .checks import ArgumentError
 from .layer_op import lstm_layer
-from .reference import LSTMGradients, LSTMSteps, lstm, lstm_backward, lstm_forward
+from .reference import LSTMGradients, LSTMSteps, lstm_backward, lstm_forward
+from .reference_function import lstm
 
 __all__ = [
     "ArgumentError",

@@ -23,6 +23,7 @@ from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
 
 _TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+_ZONEOUT = {"zoneout_seed_ptr", "zoneout_h", "zoneout_c", "first_row"}
 # In the plain call: no resets, no gradient of the cell sequence, no bound on waiting, every row of full length.
 _ABSENT = {
     *("lengths_ptr", "resets_ptr", "h_reset_ptr", "c_reset_ptr", "error_ptr"),
@@ -48,7 +49,7 @@ class CompiledFigures:
     weights_outside_loop: int  # tiles in shared memory before the loop over time begins
 
 
-def compile_plan(plan: LaunchPlan, gpu: GPU) -> CompiledFigures:
+def compile_plan(plan: LaunchPlan, gpu: GPU, zoneout: bool = False) -> CompiledFigures:
     """Compile the kernel of `plan` for `gpu` as training calls it, without lengths; no GPU is used."""
     kernel = persistent_forward_kernel if plan.kernel == "forward" else persistent_backward_kernel
     fixed: dict[str, Any] = {**constants(plan), "H": plan.H, "N": plan.heads, "D": plan.D, "REVERSE": 0, "MAX_SPINS": 0}
@@ -56,13 +57,12 @@ def compile_plan(plan: LaunchPlan, gpu: GPU) -> CompiledFigures:
         fixed["PRE_ACTIVATION"] = 0
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
-        if name in fixed or name in _ABSENT or ("_1_" in name and plan.D == 1):
+        absent = name in _ABSENT or ("_1_" in name and plan.D == 1) or (name in _ZONEOUT and not zoneout)
+        if name in fixed or absent:
             signature[name] = "constexpr"
             fixed.setdefault(name, None)
         elif name.endswith("_ptr"):
-            signature[name] = {"cells_ptr": "*fp32", "lengths_ptr": "*i64", "error_ptr": "*i32"}.get(
-                name, _TYPES[plan.dtype]
-            )
+            signature[name] = {"cells_ptr": "*fp32", "zoneout_seed_ptr": "*i64"}.get(name, _TYPES[plan.dtype])
         else:
             signature[name] = "i32"
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}

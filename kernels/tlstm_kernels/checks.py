@@ -45,6 +45,20 @@ def check_heads(
         )
 
 
+def check_zoneout(h: Any, c: Any, seed: Any, device: torch.device) -> None:
+    """Check the probabilities of zoneout and its seed."""
+    check_probability("zoneout_h", h)
+    check_probability("zoneout_c", c)
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.shape != () or seed.device != device:
+        raise ArgumentError(
+            f"zoneout_seed: expected an int64 tensor of shape () on {device}, or None; received "
+            f"{f'{seed.dtype} on {seed.device}, ' if isinstance(seed, Tensor) else ''}{_describe(seed)}. "
+            "Make one: torch.tensor(seed, device=x.device)."
+        )
+
+
 def check_input(
     x: Any,  # (T, B, I), (T, I), or (N, I) for the data of a PackedSequence
     dims: Sequence[int],

@@ -17,6 +17,7 @@ from .layer_weights import DirectionWeights
 from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
 from .plan_choice import choose_plan
+from .zoneout import Zoneout
 
 Result = TypeVar("Result")
 # Plans whose compiled kernel turned out to need more than the GPU has: the estimates they were chosen by were too low.
@@ -95,6 +96,7 @@ def forward_kernel(
     resets: Tensor | None = None,  # (T, B) int8 contiguous
     h_reset: Tensor | None = None,  # (D, B, H) contiguous
     c_reset: Tensor | None = None,  # (D, B, H) contiguous
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*H), h_n, c_n (D, B, H), gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
     (T, B, _), (D, _, H) = x_proj[0].shape, c_0.shape
@@ -113,7 +115,7 @@ def forward_kernel(
             _from_row(gates, rows) if keep == "gates" else None, _from_row(cells, rows) if keep != "nothing" else None,
             None if lengths is None else lengths[rows],
             *(_rows_of(tensor, rows, whole) for tensor in (resets, h_reset, c_reset)), errors, T,
-            rows.stop - rows.start, B, 1, plan.H, plan.heads, D,
+            rows.stop - rows.start, B, 1, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
         )  # fmt: skip
         h_n.append(outs[0])
         c_n.append(outs[1])
@@ -135,6 +137,7 @@ def backward_kernel(
     reverse: bool,  # whether the first direction read from the end
     resets: Tensor | None = None,  # (T, B) int8
     c_reset: Tensor | None = None,  # (D, B, H)
+    zoneout: Zoneout | None = None,
 ) -> list[Tensor]:
     """Returns d_gates (T, B, D*4H) of the pre-activations, and d_h_0, d_c_0 and, if c_reset is given, d_h_reset and
     d_c_reset (D, B, H).
@@ -157,7 +160,8 @@ def backward_kernel(
             *_both(w_hh), _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
             _from_row(d_gates, rows), *outs[:2], None if lengths is None else lengths[rows],
             _rows_of(resets, rows, whole), _rows_of(c_reset, rows, whole), *(outs[2:] or (None, None)), errors, T,
-            rows.stop - rows.start, B, 1, plan.H, plan.heads, D, PRE_ACTIVATION=int(pre_activation),
+            rows.stop - rows.start, B, 1, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
+            PRE_ACTIVATION=int(pre_activation),
         )  # fmt: skip
         d_states.append(outs)
     return [d_gates, *(_joined(list(parts)).to(c_0.dtype) for parts in zip(*d_states, strict=True))]
@@ -215,6 +219,11 @@ def _exchanged(shape: tuple[int, ...], like: Tensor, plan: LaunchPlan) -> Tensor
         return like.new_empty(shape)
     bits = torch.int16 if like.element_size() == 2 else torch.int32
     return like.new_full(shape, -1, dtype=bits).view(like.dtype)
+
+
+def _zoneout_arguments(zoneout: Zoneout | None, rows: slice) -> tuple[Any, ...]:
+    """The kernel's seed, limits and first row; None where there is no zoneout, which leaves its code out."""
+    return (None,) * 4 if zoneout is None else (zoneout.seed, *zoneout.limits, rows.start)
 
 
 def _errors(launch: Launch, like: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ from .kernel_calls import backward_kernel, forward_kernel, with_plan
 from .launch_plan import LaunchPlan
 from .layer_weights import DirectionWeights, split_weights
 from .positions import replaced, reset_positions, state_before, valid_positions, zero_padding
+from .zoneout import Zoneout
 
 
 def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -34,6 +35,7 @@ def forward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
 
@@ -41,7 +43,7 @@ def forward(
 
     def run(plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if plan.regime == "per_step":
-            results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
+            results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset, zoneout)
             gates_dtype, cells_dtype = kept_dtypes(x.dtype)
             return *results[:3], results[3].to(gates_dtype), results[4].to(cells_dtype)
         apart = [
@@ -57,6 +59,7 @@ def forward(
                 resets=_mask(resets),
                 h_reset=None if h_reset is None else h_reset[ks].contiguous(),
                 c_reset=None if c_reset is None else c_reset[ks].contiguous(),
+                zoneout=zoneout,
             )
             for ks in _direction_sets(plan)
         ]
@@ -89,6 +92,7 @@ def backward(
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
     d_cells: Tensor | None = None,  # (T, B, D, H); None is zero
+    zoneout: Zoneout | None = None,
 ) -> list[Tensor]:
     """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
     (none if not needed).
@@ -99,8 +103,8 @@ def backward(
     def run(plan: LaunchPlan) -> list[Tensor]:
         if plan.regime == "per_step":
             inputs = (x, h_0, c_0, weights, y, gates, cells, lengths)
-            anew = (resets, h_reset, c_reset)
-            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, need_x, need_weights, *anew, d_cells)
+            options = (need_x, need_weights, resets, h_reset, c_reset, d_cells, zoneout)
+            return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, *options)
         ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
         h_before = []
         if need_weights or not gates.numel():
@@ -121,6 +125,7 @@ def backward(
                 reverse=ks.start == 1,
                 resets=_mask(resets),
                 c_reset=None if c_reset is None else c_reset[ks].contiguous(),
+                zoneout=zoneout,
             )
             for ks in _direction_sets(plan)
         ]

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layer_reference, reference
-from .checks import check_layer
+from . import layer_reference
+from .checks import check_layer, check_zoneout
 from .launch_options import applied, current_options
 from .layer_reference import or_zeros
 from .layer_weights import split_weights
 from .namespace import NAMESPACE
 from .positions import valid_positions, zero_padding
+from .reference_function import lstm
+from .zoneout import Zoneout, zoneout_of
 
 _MODULES = {"triton": "launch", "reference": "layer_reference"}
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
@@ -45,6 +47,9 @@ def lstm_layer(
     backend: str = "triton",
     recompute: bool = False,
     with_cells: bool = False,
+    zoneout_h: float = 0.0,
+    zoneout_c: float = 0.0,
+    zoneout_seed: Tensor | None = None,  # () int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Run one layer in D directions; differentiable, twice through the equations.
 
@@ -61,6 +66,9 @@ def lstm_layer(
         recompute: keep only the states for the backward pass and compute the gates again there (one more product over
             all steps), instead of keeping the four gates of every step.
         with_cells: return the cell states of all steps too, differentiable like the other results.
+        zoneout_h, zoneout_c: probabilities with which a unit keeps its h and its c of the step before (`zoneout`).
+        zoneout_seed: decides which units do, on x's device; the same seed gives the same masks on every backend. With
+            None every unit keeps that share of them, as in evaluation.
 
     Returns:
         y (T, B, D*P), h_n (D, B, P), c_n (D, B, H) and, if asked for, the cell states (T, B, D*H), zero past a row's
@@ -75,10 +83,11 @@ def lstm_layer(
         with torch.autocast(device, enabled=False):
             x, h_0, c_0, weights = x.to(dtype), h_0.to(dtype), c_0.to(dtype), [w.to(dtype) for w in weights]
             anew = (resets, *(None if state is None else state.to(dtype) for state in (h_reset, c_reset)))
-            return lstm_layer(
-                x, h_0, c_0, weights, lengths, *anew, backend=backend, recompute=recompute, with_cells=with_cells
-            )
+            options: dict[str, Any] = {"backend": backend, "recompute": recompute, "with_cells": with_cells}
+            options |= {"zoneout_h": zoneout_h, "zoneout_c": zoneout_c, "zoneout_seed": zoneout_seed}
+            return lstm_layer(x, h_0, c_0, weights, lengths, *anew, **options)
     check_layer(x, h_0, c_0, weights, lengths, backend, resets, h_reset, c_reset)
+    check_zoneout(zoneout_h, zoneout_c, zoneout_seed, x.device)
 
     given = () if h_reset is None or c_reset is None else (h_reset, c_reset)
     keep = "nothing"
@@ -86,8 +95,9 @@ def lstm_layer(
         keep = "states" if recompute else "gates"
     traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if backend == "reference" and not (traced or recompute or with_cells):
-        return *_reference_layer(x, h_0, c_0, weights, lengths, resets, h_reset, c_reset), None
-    rest = (resets, h_reset, c_reset, with_cells)
+        kept = zoneout_of(zoneout_h, zoneout_c, zoneout_seed)
+        return *_reference_layer(x, h_0, c_0, weights, lengths, kept, resets, h_reset, c_reset), None
+    rest = (resets, h_reset, c_reset, with_cells, float(zoneout_h), float(zoneout_c), zoneout_seed)
     if traced or type(x) not in _PLAIN_TENSORS:
         y, h_n, c_n, _, cells = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep, *rest)
     else:
@@ -104,11 +114,12 @@ def _reference_layer(
     c_0: Tensor,
     weights: Sequence[Tensor],
     lengths: Tensor | None,
+    zoneout: Zoneout | None,
     *resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every transform of torch.func and torch.export goes through this one; torch.compile would unroll it over time."""
     results = [
-        reference.lstm(x, h_0[k], c_0[k], *w.dense(), lengths, k == 1, *layer_reference.resets_of(k, *resets))
+        lstm(x, h_0[k], c_0[k], *w.dense(), lengths, k == 1, *layer_reference.resets_of(k, *resets), zoneout)
         for k, w in enumerate(split_weights(weights, h_0.shape[0]))
     ]
     y, h_n, c_n = zip(*results, strict=True)
@@ -124,22 +135,23 @@ class LayerFunction(torch.autograd.Function):
     """The eager way."""
 
     @staticmethod
-    def forward(x, h_0, c_0, lengths, backend, keep, resets, h_reset, c_reset, with_cells, *weights):
-        keep = _kept(keep, with_cells)
-        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
+    def forward(x, h_0, c_0, lengths, backend, keep, *rest):
+        resets, with_cells, zoneout, weights = rest[:3], rest[3], zoneout_of(*rest[4:7]), rest[7:]
+        options = (_kept(keep, with_cells), *resets, zoneout)
+        return _implementation(backend).forward(x, h_0, c_0, weights, lengths, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, h_0, c_0, lengths, ctx.backend, _, resets, h_reset, c_reset, with_cells, *weights = inputs
-        _save(ctx, x, h_0, c_0, weights, lengths, (resets, h_reset, c_reset), with_cells, output)
+        x, h_0, c_0, lengths, ctx.backend, _, *rest = inputs
+        _save(ctx, x, h_0, c_0, rest[7:], lengths, rest[:7], output)
 
     @staticmethod
     def backward(ctx, d_y, d_h_n, d_c_n, _, d_cells):
         needs = ctx.needs_input_grad
-        d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, needs[0], any(needs[10:]))
+        d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, needs[0], any(needs[13:]))
         d_x, d_h_0, d_c_0, *d_reset_state = d_states
-        d_weights = d_weights or (None,) * (len(needs) - 10)
-        return d_x, d_h_0, d_c_0, None, None, None, None, *d_reset_state, None, *d_weights
+        d_weights = d_weights or (None,) * (len(needs) - 13)
+        return d_x, d_h_0, d_c_0, None, None, None, None, *d_reset_state, *[None] * 4, *d_weights
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -165,14 +177,17 @@ def lstm_layer_op(
     h_reset: Tensor | None,
     c_reset: Tensor | None,
     with_cells: bool,
+    zoneout_h: float,
+    zoneout_c: float,
+    zoneout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The compiled way; arguments as in `layer_reference.forward`, and whether the cell states are a result too."""
-    keep = _kept(keep, with_cells)
-    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset)
+    options = (_kept(keep, with_cells), resets, h_reset, c_reset, zoneout_of(zoneout_h, zoneout_c, zoneout_seed))
+    return _implementation(backend).forward(x, h_0, c_0, weights, lengths, *options)
 
 
 @lstm_layer_op.register_fake
-def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset, with_cells):
+def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset, with_cells, *_):
     keep = _kept(keep, with_cells)
     T, B, _ = x.shape
     D, _, P = h_0.shape
@@ -203,12 +218,14 @@ def lstm_layer_backward_op(
     h_reset: Tensor | None,
     c_reset: Tensor | None,
     d_cells: Tensor | None,
+    zoneout_h: float,
+    zoneout_c: float,
+    zoneout_seed: Tensor | None,
 ) -> list[Tensor]:
     """Arguments and results as in `layer_reference.backward`."""
     saved, needs = (y, gates, cells, lengths), (need_x, need_weights)
-    gradients = _implementation(backend).backward(
-        d_y, d_h_n, d_c_n, x, h_0, c_0, weights, *saved, *needs, resets, h_reset, c_reset, d_cells
-    )
+    options = (resets, h_reset, c_reset, d_cells, zoneout_of(zoneout_h, zoneout_c, zoneout_seed))
+    gradients = _implementation(backend).backward(d_y, d_h_n, d_c_n, x, h_0, c_0, weights, *saved, *needs, *options)
     # The two biases have one gradient, and an operator may not return a tensor twice.
     first = {id(g): n for n, g in reversed(list(enumerate(gradients)))}
     return [g if first[id(g)] == n else g.clone() for n, g in enumerate(gradients)]
@@ -217,22 +234,23 @@ def lstm_layer_backward_op(
 @lstm_layer_backward_op.register_fake
 def _(
     d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths, backend, need_x, need_weights,
-    resets, h_reset, c_reset, d_cells,
+    resets, h_reset, c_reset, *_,
 ):  # fmt: skip
     like = [h_0, c_0, *(() if h_reset is None else (h_reset, c_reset)), *(weights if need_weights else ())]
     return [x.new_empty(x.shape if need_x else (0,)), *(tensor.new_empty(tensor.shape) for tensor in like)]
 
 
 def _setup_op_context(ctx, inputs, output):
-    x, h_0, c_0, weights, lengths, ctx.backend, _, *resets, with_cells = inputs
-    _save(ctx, x, h_0, c_0, weights, lengths, resets, with_cells, output)
+    x, h_0, c_0, weights, lengths, ctx.backend, _, *rest = inputs
+    _save(ctx, x, h_0, c_0, weights, lengths, rest, output)
 
 
 def _op_backward(ctx, d_y, d_h_n, d_c_n, _, d_cells):
     needs = ctx.needs_input_grad
     d_states, d_weights = _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, needs[0], any(needs[3]))
     d_x, d_h_0, d_c_0, *d_reset_state = d_states
-    return d_x, d_h_0, d_c_0, d_weights or [None] * len(needs[3]), None, None, None, None, *d_reset_state, None
+    d_weights = d_weights or [None] * len(needs[3])
+    return d_x, d_h_0, d_c_0, d_weights, None, None, None, None, *d_reset_state, *[None] * 4
 
 
 lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
@@ -243,29 +261,32 @@ def _kept(keep: str, with_cells: bool) -> str:
     return "states" if with_cells and keep == "nothing" else keep
 
 
-def _save(ctx, x, h_0, c_0, weights, lengths, resets, with_cells, output):
+def _save(ctx, x, h_0, c_0, weights, lengths, rest, output):
     # Autograd runs the backward pass in a thread of its own, where the caller's options are not in force.
     ctx.launch_options = current_options()
+    *resets, with_cells, ctx.zoneout_h, ctx.zoneout_c, seed = rest
     y, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, *(() if with_cells else (cells,)))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *resets, *weights)
+    ctx.save_for_backward(x, h_0, c_0, lengths, y, gates, cells, *resets, seed, *weights)
 
 
 def _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, need_x, need_weights):
     """Gradients of x, h_0, c_0, h_reset and c_reset, None where there are none, and of the weights if needed."""
-    x, h_0, c_0, lengths, y, gates, cells, resets, h_reset, c_reset, *weights = ctx.saved_tensors
-    anew = (resets, h_reset, c_reset)
+    x, h_0, c_0, lengths, y, gates, cells, resets, h_reset, c_reset, seed, *weights = ctx.saved_tensors
+    anew, kept = (resets, h_reset, c_reset), (ctx.zoneout_h, ctx.zoneout_c, seed)
     arguments = (d_y, d_h_n, d_c_n, x, h_0, c_0, weights, y, gates, cells, lengths)
     if torch.is_grad_enabled():
         # Second derivatives were asked for. What was kept is constant to autograd: compute it again from the inputs.
         outer = (or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0))
-        gradients = layer_reference.differentiable_backward(*outer, x, h_0, c_0, weights, lengths, *anew, d_cells)
+        inputs: tuple[Any, ...] = (*outer, x, h_0, c_0, weights, lengths)
+        gradients = layer_reference.differentiable_backward(*inputs, *anew, d_cells, zoneout_of(*kept))
     elif torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
-        gradients = lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights, *anew, d_cells)
+        gradients = lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights, *anew, d_cells, *kept)
     else:
         with applied(ctx.launch_options):
-            gradients = _implementation(ctx.backend).backward(*arguments, need_x, need_weights, *anew, d_cells)
+            options = (need_x, need_weights, *anew, d_cells, zoneout_of(*kept))
+            gradients = _implementation(ctx.backend).backward(*arguments, *options)
     d_x, d_h_0, d_c_0, *rest = gradients
     states = 0 if h_reset is None else 2
     d_reset_state = rest[:states] if states else (None, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .layer_weights import diagonal_blocks, split_weights
 from .positions import valid_positions
+from .zoneout import Zoneout
 
 
 def kept_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -31,13 +32,14 @@ def forward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
     with torch.no_grad():
         split = split_weights(weights, h_0.shape[0])
         results = [
             reference.lstm_forward(
-                x, h_0[k], c_0[k], *w.dense(), lengths, k == 1, *resets_of(k, resets, h_reset, c_reset)
+                x, h_0[k], c_0[k], *w.dense(), lengths, k == 1, *resets_of(k, resets, h_reset, c_reset), zoneout
             )
             for k, w in enumerate(split)
         ]
@@ -68,6 +70,7 @@ def backward(
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
     d_cells: Tensor | None = None,  # (T, B, D, H); None is zero
+    zoneout: Zoneout | None = None,
 ) -> list[Tensor]:
     """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
     (none if not needed).
@@ -84,7 +87,7 @@ def backward(
                 steps.append(reference.LSTMSteps(i, f, g, o, cells[:, :, k], h.to(cells.dtype)))
         d_y, d_h_n, d_c_n = or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0)
         gradients = differentiable_backward(
-            d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, resets, h_reset, c_reset, d_cells, steps
+            d_y, d_h_n, d_c_n, x, h_0, c_0, weights, lengths, resets, h_reset, c_reset, d_cells, zoneout, steps
         )
     if not need_x:
         gradients[0] = x.new_empty(0)
@@ -104,6 +107,7 @@ def differentiable_backward(
     h_reset: Tensor | None = None,  # (D, B, P)
     c_reset: Tensor | None = None,  # (D, B, H)
     d_cells: Tensor | None = None,  # (T, B, D, H)
+    zoneout: Zoneout | None = None,
     steps: Sequence[reference.LSTMSteps] | None = None,  # one for each direction; None: computed again, differentiably
 ) -> list[Tensor]:
     """`backward` with every gradient, through operations that autograd can differentiate again."""
@@ -111,7 +115,7 @@ def differentiable_backward(
     gradients = []
     for k, w in enumerate(split_weights(weights, h_0.shape[0])):
         inputs = (x, h_0[k], c_0[k], *w.dense())
-        options = (lengths, k == 1, *resets_of(k, resets, h_reset, c_reset))
+        options = (lengths, k == 1, *resets_of(k, resets, h_reset, c_reset), zoneout)
         own = steps[k] if steps is not None else reference.lstm_forward(*inputs, *options)[3]
         d_cells_own = None if d_cells is None else d_cells[:, :, k]
         d_y_own = d_y[..., k * P : (k + 1) * P]

@@ -21,9 +21,10 @@ import triton.language as tl
 from .cell import activate, cell_backward
 from .exchange import as_elements, load_chunk, publish, receive
 from .steps import load_gates, load_units, rows_of_step
+from .zoneout_kernel import kept_units, split_gradient
 
 
-@triton.jit(do_not_specialize=["T", "B", "stride_t", "stride_b"])
+@triton.jit(do_not_specialize=["T", "B", "stride_t", "stride_b", "zoneout_h", "zoneout_c", "first_row"])
 def persistent_backward_kernel(
     d_y_ptr,  # (rows, D * N * H), or None: zero
     d_h_n_ptr, d_c_n_ptr,  # (D, B, N * H) contiguous, or None: zero
@@ -41,6 +42,9 @@ def persistent_backward_kernel(
     error_ptr,  # (programs, 4) int32, zero, or None without MAX_SPINS: see exchange.report
     T, B,
     stride_t, stride_b,  # in rows: (t, b) is row t * stride_t + b * stride_b of every (rows, ...) tensor
+    zoneout_seed_ptr,  # () int64, or None: units keep their state in part, not at random
+    zoneout_h, zoneout_c,  # probabilities that a unit keeps its h and its c, in units of 2**-24, or None: it never does
+    first_row,  # of this launch in the whole batch, which the masks count from, or None without zoneout
     H: tl.constexpr,  # units of one head
     N: tl.constexpr,  # heads: blocks of a block-diagonal W_hh, 1 for the usual LSTM
     D: tl.constexpr,  # directions, 1 or 2
@@ -135,13 +139,24 @@ def persistent_backward_kernel(
         c_prev = tl.where(reset[None, :], c_reset, c_prev)
 
         # A step past the row's length hands on what comes in and takes nothing for itself.
-        d_i, d_f, d_g, d_o, d_c_prev = cell_backward(i, f, g, o, c.to(tl.float32), c_prev, d_h + d_y, d_c + d_cells)
+        if zoneout_h is not None:
+            kept_h, kept_c = kept_units(
+                zoneout_seed_ptr, zoneout_h, zoneout_c, t, first_row + rows, head * H + units, 1 - backwards
+            )
+            d_h_kept, d_h_new = split_gradient(kept_h, d_h + d_y, zoneout_seed_ptr is not None)
+            d_c_kept, d_c_new = split_gradient(kept_c, d_c + d_cells, zoneout_seed_ptr is not None)
+            # What h was computed from is not the c that was saved, but the one before part of it was kept.
+            d_i, d_f, d_g, d_o, d_c_prev = cell_backward(i, f, g, o, f * c_prev + i * g, c_prev, d_h_new, d_c_new)
+            d_c_prev += d_c_kept
+        else:
+            d_h_kept = 0
+            d_i, d_f, d_g, d_o, d_c_prev = cell_backward(i, f, g, o, c.to(tl.float32), c_prev, d_h + d_y, d_c + d_cells)
         d_i = tl.where(valid[None, :], d_i, 0)
         d_f = tl.where(valid[None, :], d_f, 0)
         d_g = tl.where(valid[None, :], d_g, 0)
         d_o = tl.where(valid[None, :], d_o, 0)
         d_c = tl.where(valid[None, :], d_c_prev, d_c)
-        d_h = tl.where(valid[None, :], 0, d_h)
+        d_h = tl.where(valid[None, :], d_h_kept, d_h)
 
         d_gates = d_gates_ptr + (row * (D * 4 * WIDTH))[None, :] + gate_columns[:, None]
         publish(d_gates, d_i, mask)

@@ -20,9 +20,10 @@ import triton.language as tl
 from .cell import activate, split_gates, tanh
 from .exchange import as_elements, load_chunk, publish, receive
 from .steps import load_gates, rows_of_step
+from .zoneout_kernel import kept_units, zoned_out
 
 
-@triton.jit(do_not_specialize=["T", "B", "stride_t", "stride_b"])
+@triton.jit(do_not_specialize=["T", "B", "stride_t", "stride_b", "zoneout_h", "zoneout_c", "first_row"])
 def persistent_forward_kernel(
     x_proj_ptr, x_proj_1_ptr,  # (rows, 4 * N * H) of each direction (None if D == 1): x W_ih^T + b_ih + b_hh
     w_hh_ptr, w_hh_1_ptr,  # (4 * N * H, H) contiguous, torch's, of each direction (None if D == 1); y's dtype
@@ -37,6 +38,9 @@ def persistent_forward_kernel(
     error_ptr,  # (programs, 4) int32, zero, or None without MAX_SPINS: see exchange.report
     T, B,
     stride_t, stride_b,  # in rows: (t, b) is row t * stride_t + b * stride_b of every (rows, ...) tensor
+    zoneout_seed_ptr,  # () int64, or None: units keep their state in part, not at random
+    zoneout_h, zoneout_c,  # probabilities that a unit keeps its h and its c, in units of 2**-24, or None: it never does
+    first_row,  # of this launch in the whole batch, which the masks count from, or None without zoneout
     H: tl.constexpr,  # units of one head
     N: tl.constexpr,  # heads: blocks of a block-diagonal W_hh, 1 for the usual LSTM
     D: tl.constexpr,  # directions, 1 or 2
@@ -115,6 +119,11 @@ def persistent_forward_kernel(
             h = tl.where(reset[None, :], h_reset, h)
             c = tl.where(reset[None, :], c_reset, c)
 
+        if zoneout_h is not None:  # drawn before the wait, which hides it
+            kept_h, kept_c = kept_units(
+                zoneout_seed_ptr, zoneout_h, zoneout_c, t, first_row + rows, head * H + units, backwards
+            )
+
         # Asked for before the wait, so that it is here when the next step begins.
         next_x_i, next_x_f, next_x_g, next_x_o = load_gates(
             x_proj_ptr, step + 1, rows, T, backwards, stride_t, stride_b, x_columns, mask, WIDTH, 1
@@ -154,7 +163,11 @@ def persistent_forward_kernel(
         z_i, z_f, z_g, z_o = split_gates(z)
         i, f, g, o = activate(z_i + x_i, z_f + x_f, z_g + x_g, z_o + x_o)
         c_new = f * c + i * g
-        h_new = (o * tanh(c_new)).to(DTYPE)
+        if zoneout_h is not None:
+            h_new = zoned_out(kept_h, h.to(tl.float32), o * tanh(c_new), zoneout_seed_ptr is not None).to(DTYPE)
+            c_new = zoned_out(kept_c, c, c_new, zoneout_seed_ptr is not None)
+        else:
+            h_new = (o * tanh(c_new)).to(DTYPE)
         c = tl.where(valid[None, :], c_new, c)
         h = tl.where(valid[None, :], h_new, h)
         publish(y_ptr + (row * (D * WIDTH))[None, :] + h_columns[:, None], tl.where(valid[None, :], h_new, 0), mask)

@@ -1,4 +1,4 @@
-"""The LSTM equations in plain torch: forward, hand-written backward, and the differentiable function over the two.
+"""The LSTM equations in plain torch: forward and hand-written backward (`reference_function` makes them one function).
 
 This is what every kernel is compared with, and the layer's `reference` backend. One layer, one direction. Dims: B
 batch, T time, I input, H hidden units, P width of h (the projection's size, or H). Gates are stacked in `torch.nn.LSTM`
@@ -9,9 +9,10 @@ order i, f, g, o:
     m_t = o_t * tanh(c_t)
     h_t = m_t, or m_t W_hr^T with a recurrent projection
 
-(Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000; projection Sak et al. 2014.) float32 and float64 are
-computed in their own dtype. In float16 and bfloat16 the gates, the cell state and every sum are float32 and only h,
-which the next step and the next layer read, is rounded to the storage dtype.
+(Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000; projection Sak et al. 2014; `zoneout` has the equations of
+states that keep part of what they were.) float32 and float64 are computed in their own dtype. In float16 and bfloat16
+the gates, the cell state and every sum are float32 and only h, which the next step and the next layer read, is rounded
+to the storage dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .positions import replaced, reset_positions, state_before, valid_positions, zero_padding
+from .zoneout import Zoneout, at_step, kept_units, split_gradient, zoned_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,7 @@ def lstm_forward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (B, P)
     c_reset: Tensor | None = None,  # (B, H)
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, LSTMSteps]:
     """Run one layer in one direction; differentiable by autograd, op by op.
 
@@ -98,6 +101,7 @@ def lstm_forward(
     if b_hh is not None:
         x_proj = x_proj + b_hh.to(dtype)
     w_hh_t = w_hh.to(dtype).T
+    kept = None if zoneout is None else kept_units(zoneout, (T, B, H), h_0.shape[-1], reverse)
 
     h, c = h_0.to(dtype), c_0.to(dtype)
     gates_of: list[Tensor] = [x_proj] * T
@@ -112,6 +116,8 @@ def lstm_forward(
         h_t = o * c_t.tanh()
         if w_hr is not None:
             h_t = h_t @ w_hr.to(dtype).T
+        if kept is not None:
+            h_t, c_t = zoned_out(at_step(kept[0], t), h, h_t), zoned_out(at_step(kept[1], t), c, c_t)
         h_t = h_t.to(x.dtype).to(dtype)
         if valid is not None:
             c_t, h_t = torch.where(valid[t], c_t, c), torch.where(valid[t], h_t, h)
@@ -145,6 +151,7 @@ def lstm_backward(
     resets: Tensor | None = None,  # (T, B) bool or integer
     h_reset: Tensor | None = None,  # (B, P)
     c_reset: Tensor | None = None,  # (B, H)
+    zoneout: Zoneout | None = None,
     d_cells: Tensor | None = None,  # (T, B, H)
 ) -> LSTMGradients:
     """The gradients of `lstm_forward`, equation by equation; arguments as there, `steps` as it returned them.
@@ -162,6 +169,10 @@ def lstm_backward(
     if reset is not None:
         h_prev_all, c_prev_all = replaced(h_prev_all, reset, h_reset), replaced(c_prev_all, reset, c_reset)
     w_hh_, w_hr_ = w_hh.to(dtype), None if w_hr is None else w_hr.to(dtype)
+    kept, cells = None, steps.c
+    if zoneout is not None:
+        kept = kept_units(zoneout, (T, *c_0.shape), h_0.shape[-1], reverse)
+        cells = steps.f * c_prev_all + steps.i * steps.g  # c~: what h was computed from
 
     d_h, d_c = d_h_n.to(dtype), d_c_n.to(dtype)
     d_h_reset, d_c_reset = torch.zeros_like(d_h), torch.zeros_like(d_c)
@@ -169,7 +180,7 @@ def lstm_backward(
     d_h_of: list[Tensor] = [d_h] * T
     for t in _order(T, not reverse):
         i, f, g, o, c_prev = steps.i[t], steps.f[t], steps.g[t], steps.o[t], c_prev_all[t]
-        tanh_c = steps.c[t].tanh()
+        tanh_c = cells[t].tanh()
         # A frozen step hands its incoming gradient on and takes none for itself.
         d_h_frozen = d_c_frozen = None
         if valid is not None:
@@ -181,6 +192,10 @@ def lstm_backward(
         if d_cells is not None:
             own = d_cells[t].to(dtype)
             d_c = d_c + (own if valid is None else own.masked_fill(~valid[t], 0))
+        d_h_kept = d_c_kept = None
+        if kept is not None:
+            d_h_kept, d_h = split_gradient(at_step(kept[0], t), d_h)
+            d_c_kept, d_c = split_gradient(at_step(kept[1], t), d_c)
 
         d_m = d_h if w_hr_ is None else d_h @ w_hr_
         d_c = d_c + d_m * o * (1 - tanh_c * tanh_c)
@@ -191,6 +206,8 @@ def lstm_backward(
         d_gates_of[t], d_h_of[t] = torch.cat((d_i, d_f, d_g, d_o), dim=-1), d_h
         d_c = d_c * f
         d_h = d_gates_of[t] @ w_hh_
+        if d_h_kept is not None and d_c_kept is not None:
+            d_h, d_c = d_h + d_h_kept, d_c + d_c_kept
         if d_h_frozen is not None and d_c_frozen is not None:
             d_h, d_c = d_h + d_h_frozen, d_c + d_c_frozen
         if reset is not None:
@@ -206,7 +223,7 @@ def lstm_backward(
     d_w_hr = None
     if w_hr is not None:
         d_h_all = torch.stack(d_h_of) if T else steps.h
-        d_w_hr = (d_h_all.flatten(0, 1).T @ (steps.o * steps.c.tanh()).flatten(0, 1)).to(w_hr.dtype)
+        d_w_hr = (d_h_all.flatten(0, 1).T @ (steps.o * cells.tanh()).flatten(0, 1)).to(w_hr.dtype)
     return LSTMGradients(
         x=(d_gates @ w_ih.to(dtype)).to(x.dtype),
         h_0=d_h.to(h_0.dtype),
@@ -219,63 +236,6 @@ def lstm_backward(
         h_reset=None if h_reset is None else d_h_reset.to(h_reset.dtype),
         c_reset=None if c_reset is None else d_c_reset.to(c_reset.dtype),
     )
-
-
-def lstm(
-    x: Tensor,  # (T, B, I)
-    h_0: Tensor,  # (B, P)
-    c_0: Tensor,  # (B, H)
-    w_ih: Tensor,  # (4H, I)
-    w_hh: Tensor,  # (4H, P)
-    b_ih: Tensor | None = None,  # (4H,)
-    b_hh: Tensor | None = None,  # (4H,)
-    w_hr: Tensor | None = None,  # (P, H)
-    lengths: Tensor | None = None,  # (B,) integer, 0..T
-    reverse: bool = False,
-    resets: Tensor | None = None,  # (T, B) bool or integer
-    h_reset: Tensor | None = None,  # (B, P)
-    c_reset: Tensor | None = None,  # (B, H)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`lstm_forward` with `lstm_backward` as its gradient; twice differentiable.
-
-    Returns:
-        y (T, B, P), h_n (B, P), c_n (B, H), in x's dtype.
-    """
-    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    y, h_n, c_n, *_ = _ReferenceLSTM.apply(x, h_0, c_0, *weights, lengths, reverse, resets, h_reset, c_reset)
-    return y, h_n, c_n
-
-
-class _ReferenceLSTM(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments):
-        y, h_n, c_n, steps = lstm_forward(*arguments)
-        # Autograd marks outputs by identity, so none may be another one (y and steps.h) or an input (h_n with T = 0).
-        y, h_n, c_n = y.view_as(y), h_n.view_as(h_n), c_n.view_as(c_n)
-        return y, h_n, c_n, steps.i, steps.f, steps.g, steps.o, steps.c, steps.h
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.reverse, resets, h_reset, c_reset = inputs
-        steps = output[3:]
-        ctx.mark_non_differentiable(*steps)
-        ctx.save_for_backward(*tensors, resets, h_reset, c_reset, *steps)
-
-    @staticmethod
-    def backward(ctx, d_y, d_h_n, d_c_n, *_):
-        x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, resets, h_reset, c_reset, *saved_steps = ctx.saved_tensors
-        steps = LSTMSteps(*saved_steps)
-        inputs = (x, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr)
-        options = (lengths, ctx.reverse, resets, h_reset, c_reset)
-        if torch.is_grad_enabled():
-            # Second derivatives were asked for: the saved steps are constants to autograd, so compute them again from
-            # the inputs, which are not.
-            steps = lstm_forward(*inputs, *options)[3]
-        d = lstm_backward(d_y, d_h_n, d_c_n, *inputs, steps, *options)
-        weights = (d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr)
-        return d.x, d.h_0, d.c_0, *weights, None, None, None, d.h_reset, d.c_reset
 
 
 def _order(T: int, reverse: bool) -> range:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from tlstm_kernels import reference
+from tlstm_kernels import lstm
 from tlstm_kernels.persistent_backward import persistent_backward_kernel
 from tlstm_kernels.persistent_forward import persistent_forward_kernel
+from tlstm_kernels.zoneout import Zoneout
 from torch import Tensor
 
 from .grid import run_interleaved
@@ -41,6 +42,8 @@ class Case:
     keep_tile: bool = True
     split_k: int = 1  # backward only
     pre_activation: bool = False
+    zoneout: tuple[float, float] | None = None  # of h and c
+    random: bool = True  # masks; False: every unit keeps its share
     max_spins: int = 0
 
     @property
@@ -83,6 +86,7 @@ class Problem:
     d_c_n: Tensor
     lengths: Tensor | None = None  # (B,)
     resets: Tensor | None = None  # (T, B) int8
+    seed: Tensor | None = None  # () int64 of zoneout
 
 
 @dataclass
@@ -119,33 +123,31 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         *states[4:],
         None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int32),
         resets,
+        torch.tensor(seed * 0x123456789ABCD),
     )
 
 
 def expected(case: Case, problem: Problem, dtype: torch.dtype) -> Results:
-    """The reference in `dtype`, head by head and direction by direction, with autograd."""
+    """The reference in `dtype`, direction by direction, with autograd."""
     values = {f.name: getattr(problem, f.name) for f in fields(problem)}
     leaf = ("x", "w_hh", "h_0", "c_0", "h_reset", "c_reset")
     for name, v in values.items():
         if isinstance(v, Tensor) and v.is_floating_point():
             values[name] = v.to(dtype).detach().requires_grad_(name in leaf)
     p = Problem(**values)
-    H, N, width = case.H, case.heads, case.heads * case.H
-    y, h_n, c_n = [], [], []
+    width = case.heads * case.H
+    h_reset, c_reset = (p.h_reset, p.c_reset) if case.resets == "given" else (0 * p.h_reset, 0 * p.c_reset)
+    results = []
     for d in range(case.directions):
-        for n in range(N):
-            own = slice(n * H, (n + 1) * H)
-            gates = p.x[..., d * 4 * width : (d + 1) * 4 * width].unflatten(-1, (4, width))[..., own].flatten(-2)
-            h_reset, c_reset = (p.h_reset, p.c_reset) if case.resets == "given" else (0 * p.h_reset, 0 * p.c_reset)
-            result = _with_resets(
-                gates, p.h_0[d, :, own], p.c_0[d, :, own], p.w_hh[d * N + n], p.lengths, case.reverse != (d == 1),
-                p.resets, h_reset[d, :, own], c_reset[d, :, own],
-            )  # fmt: skip
-            for collected, tensor in zip((y, h_n, c_n), result, strict=True):
-                collected.append(tensor)
-    h_n = torch.cat(h_n, -1).unflatten(-1, (case.directions, width)).movedim(-2, 0)
-    c_n = torch.cat(c_n, -1).unflatten(-1, (case.directions, width)).movedim(-2, 0)
-    y = torch.cat(y, -1)
+        x = p.x[..., d * 4 * width : (d + 1) * 4 * width]
+        options = (p.lengths, case.reverse != (d == 1), p.resets)
+        given = (None, None) if case.resets is None else (h_reset[d], c_reset[d])
+        w_ih, w_hh = torch.eye(4 * width, dtype=dtype), block_diagonal(case, p.w_hh, d)
+        results.append(
+            lstm(x, p.h_0[d], p.c_0[d], w_ih, w_hh, None, None, None, *options, *given, zoneout_of(case, p.seed))
+        )
+    y = torch.cat([result[0] for result in results], -1)
+    h_n, c_n = (torch.stack([result[n] for result in results]) for n in (1, 2))
     outputs, d_outputs = (y, h_n, c_n), (p.d_y, p.d_h_n, p.d_c_n)
     gradients = torch.autograd.grad(
         outputs, (p.x, p.h_0, p.c_0, p.h_reset, p.c_reset), d_outputs, allow_unused=True, materialize_grads=True
@@ -153,22 +155,16 @@ def expected(case: Case, problem: Problem, dtype: torch.dtype) -> Results:
     return Results(*(o.detach() for o in outputs), *gradients)
 
 
-def _with_resets(x, h, c, w_hh, lengths, reverse, resets, h_reset, c_reset):
-    """The reference; with resets one step at a time, the state replaced between steps."""
-    w_ih = torch.eye(x.shape[-1], dtype=x.dtype)
-    if resets is None:
-        return reference.lstm(x, h, c, w_ih, w_hh, lengths=lengths, reverse=reverse)
-    T = x.shape[0]
-    y = [x.new_zeros(0)] * T
-    for t in reversed(range(T)) if reverse else range(T):
-        one = None if lengths is None else (t < lengths).int()
-        cut = t + reverse  # a reset at t cuts between t - 1 and t
-        replaced = resets[cut] != 0 if cut < T else torch.zeros_like(resets[0]) != 0
-        replaced = replaced if lengths is None else replaced & (cut < lengths)
-        h, c = torch.where(replaced[:, None], h_reset, h), torch.where(replaced[:, None], c_reset, c)
-        y_t, h, c = reference.lstm(x[t : t + 1], h, c, w_ih, w_hh, lengths=one)
-        y[t] = y_t[0]
-    return torch.stack(y) if T else x.new_zeros(0, *h.shape), h, c
+def block_diagonal(case: Case, w_hh: Tensor, direction: int) -> Tensor:
+    """(4 N H, N H): the recurrent weights (D * N, 4H, H) of one direction as one matrix over all heads."""
+    own = w_hh.unflatten(0, (case.directions, case.heads))[direction].unflatten(1, (4, case.H))  # (N, 4, H, H)
+    return torch.cat([torch.block_diag(*own[:, gate]) for gate in range(4)])
+
+
+def zoneout_of(case: Case, seed: Tensor) -> Zoneout | None:
+    if case.zoneout is None:
+        return None
+    return Zoneout(*case.zoneout, seed if case.random else None)
 
 
 def sentinel_filled(rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -264,7 +260,13 @@ def recurrent_weights(case: Case, p: Problem) -> dict[str, Any]:
 def shared_arguments(case: Case, p: Problem) -> dict[str, Any]:
     stride_t, stride_b = (1, case.T) if case.batch_first else (case.B, 1)
     programs = case.programs[0] * case.programs[1] * case.programs[2]
+    zoneout = zoneout_of(case, p.seed)
+    limit_h, limit_c = (None, None) if zoneout is None else zoneout.limits
     return {
+        "zoneout_seed_ptr": None if zoneout is None else zoneout.seed,
+        "zoneout_h": limit_h,
+        "zoneout_c": limit_c,
+        "first_row": None if zoneout is None else 0,
         "lengths_ptr": p.lengths,
         "resets_ptr": p.resets,
         "error_ptr": torch.zeros(programs, 4, dtype=torch.int32) if case.max_spins else None,

@@ -36,6 +36,18 @@ CASES = {
     "recomputed gates": replace(SMALL, pre_activation=True),
     "weights streamed": replace(SMALL, H=13, units=8, on_chip=False),
     "tile loaded again": replace(SMALL, H=10, units=8, dtype=HALF, keep_tile=False),
+    "zoneout": replace(SMALL, zoneout=(0.5, 0.3)),
+    "zoneout, half precision, split columns": replace(
+        SMALL, H=13, units=8, block_k=16, split_k=2, zoneout=(0.3, 0.5), dtype=HALF
+    ),
+    "zoneout, lengths, resets, both directions, tiles": replace(
+        SMALL, B=3, lengths=(3, 1, 2), directions=2, resets="given", zoneout=(0.4, 0.6)
+    ),
+    "zoneout, heads, recomputed gates, reverse": replace(
+        SMALL, H=5, heads=2, pre_activation=True, reverse=True, zoneout=(0.5, 0.5)
+    ),
+    "zoneout, weights streamed": replace(SMALL, H=13, units=8, on_chip=False, zoneout=(0.2, 0.8)),
+    "zoneout expected": replace(SMALL, B=3, block_b=4, lengths=(3, 0, 2), zoneout=(0.5, 0.3), random=False),
     "columns split over warps": replace(SMALL, H=13, units=8, block_k=16, split_k=2),
 }
 # One program per group: nothing to interleave, the same equations.
@@ -45,6 +57,13 @@ ALONE = {
     "one program per batch tile, lengths, resets, both directions": replace(
         SMALL, B=3, T=4, units=8, lengths=(4, 0, 3), resets="given", directions=2
     ),
+    "one program, zoneout, lengths, resets, both directions": replace(
+        SMALL, B=3, T=4, units=8, lengths=(4, 0, 3), resets="given", directions=2, zoneout=(0.5, 0.5)
+    ),
+    "one program, zoneout expected, batch first": replace(
+        SMALL, B=3, units=8, batch_first=True, zoneout=(0.5, 0.1), random=False
+    ),
+    "everything kept": replace(SMALL, zoneout=(1.0, 1.0)),
     "one unit": replace(SMALL, H=1, units=1),
     "no steps": replace(SMALL, T=0),
     "no steps, both directions": replace(SMALL, T=0, directions=2, units=8),
@@ -126,6 +145,18 @@ def test_gradient_of_the_cell_sequence_with_no_other():
     want = plain_torch(problem, d_cells.view(SMALL.T, SMALL.B, SMALL.H))
     for name in ("d_gates", "d_h_0", "d_c_0"):
         torch.testing.assert_close(getattr(results, name).double(), want[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changed", [{"zoneout_h": 1 << 22}, {"zoneout_c": 1 << 22}, {"first_row": 1}, {"seed": 1}])
+def test_masks_other_than_the_forwards_would_be_seen(changed):
+    case = replace(SMALL, zoneout=(0.5, 0.5))
+    problem = make_problem(case)
+    done = forward(case, problem)
+    check(case, problem, backward(case, problem, done))
+    if "seed" in changed:
+        changed = {"zoneout_seed_ptr": problem.seed + 1}
+    with pytest.raises(AssertionError, match="error"):
+        check(case, problem, backward(case, problem, done, **changed))
 
 
 def test_nothing_saved():

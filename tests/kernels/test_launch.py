@@ -14,6 +14,7 @@ from tlstm_kernels import layer_reference
 from tlstm_kernels.gpu import KNOWN_GPUS
 from tlstm_kernels.launch_options import launch_options
 from tlstm_kernels.launch_plan import PlanError
+from tlstm_kernels.zoneout import Zoneout
 
 kernel_calls = pytest.importorskip("tlstm_kernels.kernel_calls", reason="needs triton")
 pytest.importorskip("greenlet", reason="the interleaved interpreter needs greenlet")
@@ -85,12 +86,12 @@ def draw(case, dtype=torch.float32, heads=1):
     return inputs, weights, None if lengths is None else torch.tensor(lengths), [d.to(dtype) for d in outer]
 
 
-def run(module, inputs, weights, lengths, outer, keep, resets=(None, None, None)):
-    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep, *resets)
+def run(module, inputs, weights, lengths, outer, keep, resets=(None, None, None), zoneout=None):
+    *outputs, gates, cells = module.forward(*inputs, weights, lengths, keep, *resets, zoneout)
     saved = (outputs[0], gates, cells, lengths)
     # The gradient of the cell states is the fourth, where there is one.
     d_cells = outer[3] if len(outer) == 4 else None
-    return outputs + module.backward(*outer[:3], *inputs, weights, *saved, True, True, *resets, d_cells)
+    return outputs + module.backward(*outer[:3], *inputs, weights, *saved, True, True, *resets, d_cells, zoneout)
 
 
 def draw_resets(case, to_a_state):
@@ -151,6 +152,40 @@ def test_gradients_of_the_cell_states_equal_the_reference(gpu, name, keep):
     expected = run(layer_reference, inputs, weights, lengths, outer, keep)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)  # as above
+
+
+@pytest.mark.parametrize("keep", ["gates", "states"])
+@pytest.mark.parametrize("seed", [None, 2**40 + 5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("single", "streamed", "directions one by one", "batch in several launches", "launches with lengths"),
+        "heads alone, both directions",
+    ],
+)
+def test_zoneout_equals_the_reference(gpu, name, seed, keep):
+    """The same masks, also where a launch has some rows of the batch, or the second direction alone."""
+    inputs, weights, lengths, outer = draw(CASES[name], heads=3 if "heads" in name else 1)
+    zoneout = Zoneout(0.5, 0.3, None if seed is None else torch.tensor(seed))
+    (T, B, _, H, D), _, _, pins, grids = CASES[name]
+    outer = [*outer, torch.randn(T, B, D, H)]
+    with launch_options(*pins):
+        actual = run(launch, inputs, weights, lengths, outer, keep, zoneout=zoneout)
+    assert gpu == grids
+    expected = run(layer_reference, inputs, weights, lengths, outer, keep, zoneout=zoneout)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=5e-6)  # as above
+
+
+def test_zoneout_step_by_step(gpu):
+    inputs, weights, lengths, outer = draw(CASES["lengths"])
+    zoneout = Zoneout(0.5, 0.3, torch.tensor(3))
+    with launch_options({"regime": "per_step"}, {"regime": "per_step"}):
+        actual = run(launch, inputs, weights, lengths, outer, "gates", zoneout=zoneout)
+    assert gpu == []
+    expected = run(layer_reference, inputs, weights, lengths, outer, "gates", zoneout=zoneout)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_half_types_keep_half_gates(gpu):

@@ -14,7 +14,7 @@ from tlstm.functional import LSTMOptions, lstm
 from tlstm.layer import LSTM
 
 T, B, I, H = 5, 3, 4, 7
-# name: D, P, bias, lengths, resets to
+# name: D, P, bias, lengths, resets to, and h, c and seed of zoneout
 CASES = {
     "plain": (1, None, True, None, None),
     "no bias": (1, None, False, None, None),
@@ -23,12 +23,18 @@ CASES = {
     "projection, no bias, both directions, lengths": (2, 3, False, (1, 5, 0), None),
     "resets to zero": (1, None, True, None, "zero"),
     "resets to a state, projection, both directions, lengths": (2, 3, True, (5, 0, 2), "state"),
+    "zoneout, resets to a state, both directions, lengths": (
+        *(2, None, True, (5, 0, 2), "state"),
+        *(0.5, 0.3, torch.tensor(-7)),
+    ),
+    "zoneout expected, projection": (1, 3, True, None, None, 0.5, 0.3, None),
 }
+NO_ZONEOUT = (0.0, 0.0, None)
 
 
 def make_layer(case, dtype=torch.float32, steps=T):
-    """x, h_0, c_0, the flat weights, lengths, and the mask, h and c of resets."""
-    D, P, bias, lengths, kind = case
+    """x, h_0, c_0, the flat weights, lengths, the mask, h and c of resets, and the settings of zoneout."""
+    D, P, bias, lengths, kind, *zoneout = case
     width = P or H
     shapes = [(4 * H, I), (4 * H, width)] + [(4 * H,)] * (2 * bias) + [(P, H)] * (P is not None)
 
@@ -39,11 +45,13 @@ def make_layer(case, dtype=torch.float32, steps=T):
     lengths = None if lengths is None else torch.tensor(lengths).clamp(max=steps)
     resets = None if kind is None else torch.rand(steps, B) < 0.5
     given = (draw(D, B, width), draw(D, B, H)) if kind == "state" else (None, None)
-    return draw(steps, B, I), draw(D, B, width), draw(D, B, H), weights, lengths, resets, *given
+    options = (lengths, resets, *given, *(zoneout or NO_ZONEOUT))
+    return draw(steps, B, I), draw(D, B, width), draw(D, B, H), weights, *options
 
 
-def eager(keep, x, h_0, c_0, weights, lengths, *resets):
-    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *resets, False, *weights)[:3]
+def eager(keep, x, h_0, c_0, weights, lengths, *options):
+    options = (*options[:3], False, *(options[3:] or NO_ZONEOUT))
+    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *options, *weights)[:3]
 
 
 def compiled(keep, *layer):
@@ -52,12 +60,13 @@ def compiled(keep, *layer):
 
 def arguments(layer, keep):
     """Those of the operator."""
-    return *layer[:5], "reference", keep, *layer[5:], False
+    return *layer[:5], "reference", keep, *layer[5:8], False, *(layer[8:] or NO_ZONEOUT)
 
 
 def directions(*layer):
-    """The same layer, one direction after another through `reference.lstm`."""
-    return lstm_layer(*layer, backend="reference")[:3]
+    """The same layer, one direction after another through `reference_function.lstm`."""
+    kept = dict(zip(("zoneout_h", "zoneout_c", "zoneout_seed"), layer[8:], strict=True))
+    return lstm_layer(*layer[:8], backend="reference", **kept)[:3]
 
 
 def loss_of(outputs):
@@ -66,7 +75,7 @@ def loss_of(outputs):
 
 def results(way, layer):
     outputs = way(*layer)
-    x, h_0, c_0, weights, _, _, *given = layer
+    x, h_0, c_0, weights, _, _, *given = layer[:8]
     tensors = [t for t in (x, h_0, c_0, *weights, *given) if t is not None]
     return [*outputs, *torch.autograd.grad(loss_of(outputs), tensors)]
 
@@ -97,11 +106,12 @@ def test_operator_checks_of_inference_and_of_the_gradient(name):
     layer = [t.detach() if torch.is_tensor(t) else t for t in make_layer(CASES[name])]
     layer[3] = [w.detach() for w in layer[3]]
     torch.library.opcheck(lstm_layer_op, arguments(layer, "nothing"))
-    x, h_0, c_0, weights, lengths, *resets = layer
+    x, h_0, c_0, weights, lengths, *resets = layer[:8]
     y, h_n, c_n, gates, cells = lstm_layer_op(*arguments(layer, "gates"))
     for outer in ((y, h_n, c_n), (y, None, None), (None, None, c_n)):
         for needs in ((True, True), (False, True), (True, False)):
             inputs = (*outer, x, h_0, c_0, weights, y, gates, cells, lengths, "reference", *needs, *resets, None)
+            inputs = (*inputs, *layer[8:])
             torch.library.opcheck(torch.ops.tlstm.lstm_layer_backward.default, inputs)
 
 
@@ -109,10 +119,10 @@ def test_operator_checks_of_inference_and_of_the_gradient(name):
 @pytest.mark.parametrize("name", [name for name in CASES if "lengths" in name or name == "projection"])
 def test_first_and_second_derivatives(way, name):
     x, h_0, c_0, weights, lengths, resets, *given = make_layer(CASES[name], torch.float64, steps=2)
-    n = len(weights)
+    given, zoneout, n = given[:2], given[2:], len(weights)
 
     def function(x, h_0, c_0, *rest):
-        return way("gates", x, h_0, c_0, list(rest[:n]), lengths, resets, *(rest[n:] or (None, None)))
+        return way("gates", x, h_0, c_0, list(rest[:n]), lengths, resets, *(rest[n:] or (None, None)), *zoneout)
 
     tensors = (x, h_0, c_0, *weights, *(state for state in given if state is not None))
     assert gradcheck(function, tensors, fast_mode=True)
@@ -158,7 +168,7 @@ def test_vmap_and_jacobians_of_the_eager_way():
 
     def y_of(x):
         return LayerFunction.apply(
-            x, h_0.detach(), c_0.detach(), None, "reference", "gates", None, None, None, False, *weights
+            x, h_0.detach(), c_0.detach(), None, "reference", "gates", None, None, None, False, *NO_ZONEOUT, *weights
         )[0]
 
     torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(x) for x in many]))
@@ -170,7 +180,7 @@ def test_vmap_and_jacobians_of_the_eager_way():
 def test_autocast_casts_the_state_after_a_reset(dtype):
     x, h_0, c_0, weights, _, resets, *given = make_layer(
         CASES["resets to a state, projection, both directions, lengths"]
-    )
+    )[:8]
     with torch.autocast("cpu", dtype):
         outputs = lstm_layer(x, h_0, c_0, weights, None, resets, *given, backend="reference")[:3]
     x, h_0, c_0, h_reset, c_reset, *weights = (t.to(dtype) for t in (x, h_0, c_0, *given, *weights))
@@ -270,6 +280,11 @@ BAD_CALLS = {
     "wrong reset state": (
         {"resets": torch.ones(5, 3).bool(), "h_reset": torch.ones(3, 7), "c_reset": torch.ones(1, 3, 7)},
         r"h_reset: expected .* shape \(1, 3, 7\).*\(3, 7\)",
+    ),
+    "zoneout that is no probability": ({"zoneout_c": 1.5}, r"zoneout_c: expected a number in \[0, 1\]; received 1.5"),
+    "zoneout with a number for a seed": (
+        {"zoneout_h": 0.5, "zoneout_seed": 7},
+        r"zoneout_seed: expected an int64 tensor of shape \(\) on cpu.*received int. Make one: torch.tensor",
     ),
     "no batch": ({"x": lambda x: x[:, 0]}, r"expected x \(T, B, I\).*received shapes \(5, 4\)"),
 }  # fmt: skip
