@@ -29,7 +29,10 @@ WRITTEN_BY_TRANSFORMERS = frozenset(
     {"auto_map", "transformers_version", "use_cache", "_from_model_config", "output_attentions", "output_hidden_states"}
 )
 
-_DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
+_DROPOUTS = (
+    *("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout"),
+    *("zoneout_h", "zoneout_c"),
+)
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -58,6 +61,8 @@ class LSTMConfig(Pushable):
         input_dropout: locked dropout on the embedded input: one mask per sequence, the same at every step.
         hidden_dropout: locked dropout between LSTM layers. output_dropout: locked dropout after the last layer.
         weight_dropout: DropConnect on the recurrent weights `W_hh` (Merity et al. 2017).
+        zoneout_h, zoneout_c: how likely a unit keeps its h, and its c, of the step before (Krueger et al. 2016); these
+            two also in evaluation, in expectation. The native backend has no zoneout and is replaced by a slower one.
     Initialisation:
         initializer: `"uniform"`: U(-1/sqrt(H), 1/sqrt(H)) as `torch.nn.LSTM`; `"orthogonal"`: each gate's recurrent
             matrix orthogonal, biases zero, the rest as for `"uniform"`.
@@ -91,6 +96,8 @@ class LSTMConfig(Pushable):
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
     initializer: str = "uniform"
     initializer_range: float | None = None
     forget_bias: float = 0.0

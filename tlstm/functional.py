@@ -56,8 +56,9 @@ def lstm(
     backend looks at the values, which waits for a GPU, and runs the pieces between resets as rows of one packed batch.
 
     `dropout_seed` (a number below 2**64, an integer tensor of one element, or a generator that draws one) makes the
-    masks between layers a function of the seed alone: `functional_dropout`. Without it they come from torch's own
-    generator.
+    masks between layers, and those of `options.zoneout` in training, a function of the seed alone:
+    `functional_dropout`. Without it they come from torch's own generator. Zoneout is not in the native backend either:
+    the equations stand in for it, in training and in evaluation.
 
     `return_cell_states` asks for c after every step, differentiable like the rest. The native backend has none, so that
     the equations (`reference`) stand in for it.
@@ -73,7 +74,7 @@ def lstm(
     if resets is not None:
         check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
     check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
-    name, seed = _pick(backend, x, return_cell_states), seed_tensor(dropout_seed, x.device)
+    name, seed = _pick(backend, x, return_cell_states or options.zones_out), seed_tensor(dropout_seed, x.device)
     if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
         D, cells = options.num_directions, x.new_zeros(0, x.shape[1], hx[1].shape[-1] * options.num_directions)
@@ -101,7 +102,7 @@ def lstm_packed(
         data of the output (N, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), rows in the packed order, and with
         `return_cell_states` a tuple of one (N, D*H) for each layer.
     """
-    name, seed = _pick(backend, data, return_cell_states), seed_tensor(dropout_seed, data.device)
+    name, seed = _pick(backend, data, return_cell_states or options.zones_out), seed_tensor(dropout_seed, data.device)
     call = Call(dropout_seed=seed, with_cells=return_cell_states, batch_sizes=batch_sizes, rows=rows)
     if name == "native":
         result = run_native(data, hx, weights, options, call)
@@ -177,9 +178,12 @@ def _why_no_triton(device_type: str | None, index: int | None) -> str | None:
     return None
 
 
-def _pick(backend: str, x: Tensor, with_cells: bool) -> str:
-    """`resolve_backend`, where `auto` leaves to torch what the kernels would only run step by step."""
+def _pick(backend: str, x: Tensor, beyond_torch: bool) -> str:
+    """`resolve_backend`, where `auto` leaves to torch what the kernels would only run step by step.
+
+    What torch's own LSTM does not know (cell states as a result, zoneout) the equations do in its place.
+    """
     name = resolve_backend(backend, x.device)
     if backend == "auto" and name == "triton" and x.dtype == torch.float64:
         name = "native"
-    return "reference" if with_cells and name == "native" else name
+    return "reference" if beyond_torch and name == "native" else name

@@ -44,6 +44,20 @@ def seed_tensor(
     return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
 
 
+def layer_seed(
+    seed: Tensor | None,  # () int64
+    layer: int,
+    device: torch.device,
+) -> Tensor:
+    """The seed of one layer's zoneout, () int64: a function of the call's, or drawn by the device's generator."""
+    if seed is None:
+        limits = torch.iinfo(torch.int64)
+        return torch.randint(limits.min, limits.max, (), device=device)
+    nothing = torch.zeros_like(seed)
+    low, high, _, _ = philox4x32((nothing + layer, nothing, nothing, nothing + 3), key_of(seed))
+    return low | high << 32
+
+
 def dropout_between_layers(
     x: Tensor,  # (T, B, N), or packed (n, N)
     p: float,

@@ -8,7 +8,7 @@ import torch
 from tlstm_kernels.layer_op import lstm_layer
 from torch import Tensor
 
-from tlstm.functional_dropout import dropout_between_layers
+from tlstm.functional_dropout import dropout_between_layers, layer_seed
 from tlstm.functional_options import Call, LSTMOptions, Result, State, Weights
 
 # A backend is one of these: it runs the layers whose weights it is given, one or all.
@@ -34,8 +34,10 @@ def run_layers(
                 where = (layer - 1, call.batch_sizes, call.rows)
                 x = dropout_between_layers(x, options.dropout, call.dropout_seed, *where)
         states = slice(layer * D, (layer + 1) * D)
-        own = (hx[0][states], hx[1][states])
-        results.append(run(x, own, weights[layer * n : (layer + 1) * n], options.one_layer(), call.of_layer(states)))
+        own, one = (hx[0][states], hx[1][states]), call.of_layer(states)
+        if options.zones_out and options.training:
+            one = one._replace(zoneout_seed=layer_seed(call.dropout_seed, layer, x.device))
+        results.append(run(x, own, weights[layer * n : (layer + 1) * n], options.one_layer(), one))
         x = results[-1].y
     cells = tuple(part for result in results for part in result.cells)
     if len(results) == 1:
@@ -68,6 +70,9 @@ def _run_operator(backend: str, x: Tensor, hx: State, weights: Weights, options:
             backend=backend,
             recompute=options.recompute,
             with_cells=call.with_cells,
+            zoneout_h=options.zoneout[0],
+            zoneout_c=options.zoneout[1],
+            zoneout_seed=call.zoneout_seed,
         )
         return Result(y, (h_n, c_n), () if cells is None else (cells,))
 

@@ -25,6 +25,7 @@ class LSTMOptions(NamedTuple):
     proj_size: int = 0
     num_heads: int = 1
     recompute: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h and of c
 
     @property
     def num_directions(self) -> int:
@@ -39,6 +40,11 @@ class LSTMOptions(NamedTuple):
     def drops(self) -> bool:
         """Whether this call drops anything between layers."""
         return self.training and self.dropout > 0 and self.num_layers > 1
+
+    @property
+    def zones_out(self) -> bool:
+        """Whether units keep part of their state, in training at random, else in expectation."""
+        return max(self.zoneout) > 0
 
     def one_layer(self) -> LSTMOptions:
         """The same for each layer by itself."""
@@ -55,6 +61,7 @@ class Call(NamedTuple):
     with_cells: bool = False  # whether the cell states of all steps are a result
     batch_sizes: Tensor | None = None  # (T,) int64 on the CPU: the input is packed, (N, I) in the place of (T, B, I)
     rows: Tensor | None = None  # (B,) the rows of the batch as the caller knows them, where they were sorted
+    zoneout_seed: Tensor | None = None  # () int64, of one layer; None: units keep their share
 
     def of_layer(self, states: slice) -> Call:
         """The call of one layer, whose states these are."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tlstm_kernels.checks import check_choice, check_heads, check_input, check_probability, check_state
+from tlstm_kernels.checks import (
+    check_choice,
+    check_heads,
+    check_input,
+    check_probability,
+    check_state,
+    check_zoneout_pair,
+)
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -40,6 +47,12 @@ class LSTM(torch.nn.LSTM):
             mask holds for all time steps of the call. On a GPU the native backend then copies the weights into one
             buffer at each call.
 
+        zoneout: probabilities (p_h, p_c) with which a unit keeps its h, or its c, of the step before instead of taking
+            the step's (Krueger et al. 2016): in training at random for each step, row and unit, in evaluation in
+            expectation. The masks are drawn in the kernels and never stored; those of a batch's row do not depend on
+            the others. torch's own LSTM has no zoneout, so that the native backend runs the equations step by step
+            (`reference`) in its place, in evaluation too: several times slower on a CPU, far more on a GPU.
+
     Raises:
         ValueError: a wrong argument, with what was expected, what came and the remedy (TypeError where torch.nn.LSTM
             raises that). Wrong shapes are RuntimeErrors too, as torch.nn.LSTM has them.
@@ -65,8 +78,10 @@ class LSTM(torch.nn.LSTM):
         num_heads: int = 1,
         recompute: bool = False,
         weight_dropout: float = 0.0,
+        zoneout: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         check_probability("weight_dropout", weight_dropout)
+        check_zoneout_pair(zoneout)
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
@@ -74,6 +89,7 @@ class LSTM(torch.nn.LSTM):
         self.backend = backend
         self.recompute = bool(recompute)
         self.weight_dropout = float(weight_dropout)
+        self.zoneout = (float(zoneout[0]), float(zoneout[1]))
         if num_heads > 1:
             self._take_heads(num_heads)
 
@@ -108,7 +124,7 @@ class LSTM(torch.nn.LSTM):
     def extra_repr(self) -> str:
         """The base class's description and the options of this class that differ from their defaults."""
         text = super().extra_repr()
-        defaults = {"backend": "auto", "num_heads": 1, "recompute": False, "weight_dropout": 0}
+        defaults = {"backend": "auto", "num_heads": 1, "recompute": False, "weight_dropout": 0, "zoneout": (0, 0)}
         return text + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
 
     def forward(  # type: ignore[override]
@@ -142,9 +158,10 @@ class LSTM(torch.nn.LSTM):
                 rows, without the batch dimension: a learned initial state, for instance. Its gradient is summed over
                 the resets.
             dropout_seed: a number below 2**64, an integer tensor of one element (on a GPU, say, to be changed between
-                replays of a CUDA graph) or a torch.Generator that draws one. In training mode the masks of `dropout`
-                and `weight_dropout` are then a function of it alone: the same on every device, in every backend and,
-                row by row, in every batch. Give each call another one. By default torch's own generator draws them.
+                replays of a CUDA graph) or a torch.Generator that draws one. In training mode the masks of `dropout`,
+                `weight_dropout` and `zoneout` are then a function of it alone: the same on every device, in every
+                backend and, row by row, in every batch (for zoneout, the rows of a PackedSequence count in its own
+                order). Give each call another one. By default torch's own generator draws them.
             return_cell_states: return c after every step, too, as a third result: a tuple of one tensor for each layer,
                 in the output's form, of width D*H, zero past a row's length; differentiable. The native backend, which
                 has none, computes them with the equations (`reference`), slowly.
@@ -214,7 +231,7 @@ class LSTM(torch.nn.LSTM):
         return dropped
 
     def _options(self) -> LSTMOptions:
-        form = (self.bidirectional, self.proj_size, self.num_heads, self.recompute)
+        form = (self.bidirectional, self.proj_size, self.num_heads, self.recompute, self.zoneout)
         return LSTMOptions(self.num_layers, self.bias, self.dropout, self.training, *form)
 
     def _state_shapes(self) -> StateShapes:

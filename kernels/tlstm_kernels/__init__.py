@@ -10,12 +10,14 @@ from .checks import ArgumentError
 from .layer_op import lstm_layer
 from .reference import LSTMGradients, LSTMSteps, lstm_backward, lstm_forward
 from .reference_function import lstm
+from .zoneout import Zoneout
 
 __all__ = [
     "ArgumentError",
     "ArticleWeights",
     "LSTMGradients",
     "LSTMSteps",
+    "Zoneout",
     "article_forward",
     "lstm",
     "lstm_backward",

@@ -45,6 +45,14 @@ def check_heads(
         )
 
 
+def check_zoneout_pair(zoneout: Any) -> None:
+    """Refuse what is not a pair of probabilities, of h and of c."""
+    if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2:
+        raise ArgumentError(f"zoneout: expected a pair of probabilities (p_h, p_c); received {zoneout!r}.")
+    for name, p in zip(("zoneout of h", "zoneout of c"), zoneout, strict=True):
+        check_probability(name, p)
+
+
 def check_zoneout(h: Any, c: Any, seed: Any, device: torch.device) -> None:
     """Check the probabilities of zoneout and its seed."""
     check_probability("zoneout_h", h)

@@ -279,8 +279,8 @@ def _gradients(ctx, d_y, d_h_n, d_c_n, d_cells, need_x, need_weights):
     if torch.is_grad_enabled():
         # Second derivatives were asked for. What was kept is constant to autograd: compute it again from the inputs.
         outer = (or_zeros(d_y, y), or_zeros(d_h_n, h_0), or_zeros(d_c_n, c_0))
-        inputs: tuple[Any, ...] = (*outer, x, h_0, c_0, weights, lengths)
-        gradients = layer_reference.differentiable_backward(*inputs, *anew, d_cells, zoneout_of(*kept))
+        inputs: tuple[Any, ...] = (*outer, x, h_0, c_0, weights, lengths, *anew, d_cells, zoneout_of(*kept))
+        gradients = layer_reference.differentiable_backward(*inputs)
     elif torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
         gradients = lstm_layer_backward_op(*arguments, ctx.backend, need_x, need_weights, *anew, d_cells, *kept)
     else:

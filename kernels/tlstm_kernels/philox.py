@@ -8,6 +8,7 @@ The key is a 64-bit seed, low word first. Counters in use, word by word:
 
     sampling    token id // 4, position in the stream, which continuation of the prompt, 0
     zoneout     unit of the layer, time step, row of the batch, 1 for a direction that reads forwards and 2 in reverse
+    a layer     number of the layer, 0, 0, 3: the first two words are the seed of its zoneout
 
 Source: J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """

@@ -49,6 +49,7 @@ class LSTMModel(PreTrainedModel):
                 num_heads=config.num_heads,
                 recompute=config.recompute,
                 weight_dropout=config.weight_dropout,
+                zoneout=(config.zoneout_h, config.zoneout_c),
             )
             for input_size, width in zip(inputs, config.widths, strict=True)
         )
