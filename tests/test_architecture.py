@@ -163,7 +163,7 @@ def test_the_kernels_stand_alone(path):
     }  # relative inside: see kernels/test_hub_kernel.py
 
 
-@pytest.mark.parametrize("name", ["reference", "launch_plan", "checks"])
+@pytest.mark.parametrize("name", ["reference", "launch_plan", "checks", "decode_plan", "decode_shape"])
 def test_pure_python_rooms_of_the_kernels_never_import_triton(name):
     path = ROOT / "kernels" / "tlstm_kernels" / f"{name}.py"
     if path.exists() or name == "reference":

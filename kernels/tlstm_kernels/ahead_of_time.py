@@ -66,14 +66,20 @@ def compile_plan(plan: LaunchPlan, gpu: GPU, zoneout: bool = False) -> CompiledF
         else:
             signature[name] = "i32"
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    return figures_of(
+        ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned), gpu, compile_options(plan)
+    )
+
+
+def figures_of(source: ASTSource, gpu: GPU, options: dict[str, Any]) -> CompiledFigures:
+    """Compile a kernel's source for `gpu` and read the figures from the code."""
     arch: int | str = gpu.arch if gpu.is_amd else int(gpu.arch.removeprefix("sm_"))
     target = GPUTarget("hip" if gpu.is_amd else "cuda", arch, gpu.warp_size)
     log = io.StringIO()
     # What the assembler says of registers and spills is said only while it runs, so that no cache may answer for it.
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=target, options=compile_options(plan))
+        compiled = triton.compile(source, target=target, options=options)
     return _figures(compiled, gpu, log.getvalue())
 
 
@@ -87,8 +93,14 @@ def _figures(compiled: Any, gpu: GPU, log: str) -> CompiledFigures:
         spills=spills,
         shared_memory=compiled.metadata.shared,
         matrix_instructions=", ".join(f"{name} {count}" for name, count in counts.items() if count),
-        weights_outside_loop=compiled.asm["ttgir"].partition("scf.for")[0].count("ttg.local_alloc"),
+        weights_outside_loop=_before_the_loop_over_steps(compiled.asm["ttgir"]).count("ttg.local_alloc"),
     )
+
+
+def _before_the_loop_over_steps(code: str) -> str:
+    """What stands before the last loop that is inside no other one, without the loops in it."""
+    outermost = [match.start() for match in re.finditer(r"^ {4}\S.* = scf\.for", code, re.MULTILINE)]
+    return re.sub(r"^ {5,}.*\n", "", code[: outermost[-1]], flags=re.MULTILINE) if outermost else code
 
 
 def _amd_resources(text: str) -> tuple[int, int]:

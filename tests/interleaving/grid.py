@@ -45,7 +45,7 @@ class Program:
         self, addresses: np.ndarray, values: np.ndarray, patience: int, describe: Callable[[int], str]
     ) -> None:
         """A load that finds the same elements unwritten (all bits one) `patience` times makes the program wait."""
-        unwritten = (values.view(np.uint8).reshape(values.size, -1, 2) == 255).all(-1).any(-1)
+        unwritten = (values.view(np.uint8).reshape(values.size, -1, min(2, values.itemsize)) == 255).all(-1).any(-1)
         first, result = int(addresses[0]), values.tobytes()
         seen, repeats = self.loads.get(first, (b"", 0))
         repeats = repeats + 1 if seen == result else 1

@@ -1,0 +1,146 @@
+"""Language models generating through the decode kernel on a CPU, in the interpreter, beside the loop in Python.
+
+The two compute the same equations with roundings of their own. Tokens are equal where no choice is so close that
+rounding decides it, which `margin` measures: models with a closer choice are passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from tlstm_kernels.decode_shape import DecodePlan
+from torch import Tensor
+
+from tlstm import LSTMConfig, LSTMForCausalLM
+from tlstm.generation.gpu_decoder import GpuDecoder
+from tlstm.generation.gpu_model import choice_of, shape_of
+from tlstm.generation.inputs import resolve_config
+from tlstm.generation.philox import seed_words, token_noise
+from tlstm.generation.state import GenerationState
+
+from .grid import run_interleaved
+
+SEED = 2**63 + 12345  # more than a signed word holds
+
+
+@dataclass
+class DecodeCase:
+    """A model, a request, and the tiles to cut the kernel into."""
+
+    widths: tuple[int, ...] = (7,)
+    V: int = 13
+    B: int = 1
+    dtype: torch.dtype = torch.float32
+    model: dict[str, Any] = field(default_factory=dict)  # settings of LSTMConfig
+    settings: dict[str, Any] = field(default_factory=dict)  # of generate
+    steps: int = 4
+    chunk: int = 3
+    programs: int = 2
+    rows: int = 1
+    block_k: int = 8
+    block_v: int = 16
+    keep_tile: int = 1
+    on_chip: tuple[bool, ...] | None = None  # None: all that may be
+    mode: str | None = None  # None: "reduce", or "owner" for what looks at whole rows of logits
+    slots: int | None = None  # None: one for each text
+
+    def make_model(self, seed: int = 0) -> LSTMForCausalLM:
+        torch.manual_seed(seed)
+        config = LSTMConfig(
+            self.V, **{"layer_sizes": list(self.widths), "embedding_size": 5, "initializer_range": 1.0, **self.model}
+        )
+        return LSTMForCausalLM(config).eval().to(self.dtype)
+
+    def config(self, model: LSTMForCausalLM) -> Any:
+        given: dict[str, Any] = {"max_new_tokens": self.steps, "pad_token_id": 0, **self.settings}
+        if given.get("do_sample"):
+            given.setdefault("seed", [SEED + text for text in range(self.B)])
+        return resolve_config(None, model.generation_config, model.config, given)
+
+    def plan(self, model: LSTMForCausalLM) -> DecodePlan:
+        choice, shape = choice_of(self.config(model)), shape_of(model)
+        slots = self.slots or self.B
+        head_fits = -(-self.V // self.block_v) <= self.programs
+        on_chip = self.on_chip or (True,) * (2 * shape.layers - 1) + (head_fits,)
+        mode = self.mode or ("owner" if choice.filters else "reduce")
+        return DecodePlan(
+            shape, choice, slots, self.programs, self.rows, self.block_k, self.block_v, 4, self.keep_tile, on_chip, mode
+        )
+
+    def prompts(self) -> list[list[int]]:
+        return [[(3 * text + place) % self.V for place in range(1 + text % 3)] for text in range(self.B)]
+
+
+@dataclass
+class Run:
+    """What came out."""
+
+    tokens: list[list[int]]
+    reasons: list[str]
+    state: GenerationState
+
+
+def with_kernel(
+    case: DecodeCase,
+    model: LSTMForCausalLM,
+    seed: int,
+    stop_after: int | None = None,
+    launch=run_interleaved,
+    **options,
+) -> Run:
+    """Under one schedule; up to `stop_after` steps where that is given."""
+    config = case.config(model)
+    start = model.prefill(case.prompts())
+    if config.do_sample:
+        start = GenerationState(start.recurrent, start.tokens, start.vocab_size, tuple(config.seed))
+    launcher = partial(launch, seed=seed)
+    decoder = GpuDecoder(model, start, config, plan=case.plan(model), launcher=launcher, chunk=case.chunk, **options)
+    steps = 0
+    while not decoder.finished and (stop_after is None or steps < stop_after):
+        decoder.step()
+        steps += 1
+    return Run(decoder.new_tokens, list(decoder.finish_reasons), decoder.state())
+
+
+def clear_case(case: DecodeCase) -> tuple[LSTMForCausalLM, Run]:
+    """A model whose choices are all clear, and what the loop in Python makes with it."""
+    for seed in range(50):
+        model = case.make_model(seed)
+        config = case.config(model).replace(return_dict_in_generate=True, output_scores=True)
+        output = model.generate(case.prompts(), generation_config=config)
+        if margin(case, config, output) > (0.02 if case.dtype == torch.float16 else 1e-4):
+            return model, Run(output.new_tokens, output.finish_reasons, output.state)
+    raise AssertionError("every model had a close choice")
+
+
+def margin(case: DecodeCase, config: Any, output: Any) -> float:
+    """How far the best score of any step was above the next one."""
+    smallest = torch.inf
+    for text, prompt in enumerate(case.prompts()):
+        for step in range(len(output.new_tokens[text])):
+            scores = output.scores[step][text]
+            if config.do_sample:
+                scores = scores + noise(config.seed[text], len(prompt) + step, case.V)
+            best, second = scores.topk(2).values.tolist()
+            smallest = min(smallest, best - second)
+    return smallest
+
+
+def noise(seed: int, position: int, V: int) -> Tensor:
+    one = torch.zeros(1, dtype=torch.int64)
+    return token_noise(seed_words([seed]), one + position, one, V)[0]
+
+
+def assert_same(found: Run, expected: Run, dtype: torch.dtype) -> None:
+    """Tokens and reasons are equal; states within rounding."""
+    assert found.tokens == expected.tokens
+    assert found.reasons == expected.reasons
+    tolerance = 4 * torch.finfo(dtype).eps
+    for kind in ("h", "c"):
+        for a, b in zip(getattr(found.state.recurrent, kind), getattr(expected.state.recurrent, kind), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(found.state.tokens, expected.state.tokens, strict=True):
+        assert torch.equal(a, b)
