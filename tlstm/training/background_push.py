@@ -93,10 +93,10 @@ class BackgroundPush:
             waiting, self._waiting = self._waiting, None
             busy, thread = self._busy, self._thread
             self._changed.notify_all()
-            if waiting is not None:
-                self._drop(waiting)
+        if waiting is not None and waiting.folder != self.kept:
+            waiting.discard()
         if busy:
-            logger.warning("a push to the Hub was abandoned; the repo holds what it held before, whole")
+            logger.warning("a push to the Hub was abandoned; the repo holds the model from before it, or the new one")
         self._push.abort()
         if thread is not None:
             thread.join(2 * _TERMINATE_SECONDS)
@@ -124,18 +124,12 @@ class BackgroundPush:
             failure = " ".join(str(error).split()) or type(error).__name__
         with self._changed:
             self.commit_url, self.failure = url or self.commit_url, failure
-            if failure is None:
-                snapshot.discard()
-            else:
-                self._drop(snapshot)
-            closed = self._closed
+            kept, closed = self.kept, self._closed
         if failure is None:
             logger.info("pushed step %d: %s", snapshot.step, url)
         elif not closed:
             logger.warning("step %d could not be pushed: %s", snapshot.step, failure)
-
-    def _drop(self, snapshot: Snapshot) -> None:
-        if snapshot.folder != self.kept:
+        if failure is None or snapshot.folder != kept:
             snapshot.discard()
 
 
