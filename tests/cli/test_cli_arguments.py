@@ -45,7 +45,8 @@ MODEL = {
     "head_bias": (None, True), "tie_word_embeddings": (None, True), "embedding_dropout": ("0.1", 0.1),
     "input_dropout": ("0.2", 0.2), "hidden_dropout": ("0.3", 0.3), "output_dropout": ("0.4", 0.4),
     "weight_dropout": ("0.5", 0.5), "initializer": ("orthogonal", "orthogonal"), "initializer_range": ("0.05", 0.05),
-    "forget_bias": ("1", 1.0),
+    "forget_bias": ("1", 1.0), "num_heads": ("2", 2), "recompute": (None, True), "zoneout_h": ("0.05", 0.05),
+    "zoneout_c": ("0.5", 0.5),
 }  # fmt: skip
 
 
