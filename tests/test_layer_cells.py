@@ -123,7 +123,9 @@ def test_operator_checks_and_second_derivatives(keep, lengths):
     tensors = [torch.randn(2, B, I), torch.randn(2, B, H), torch.randn(2, B, H), *weights]
     lengths = None if lengths is None else torch.tensor(lengths)
     grad = [t.clone().requires_grad_(keep != "nothing") for t in tensors]
-    torch.library.opcheck(lstm_layer_op, (*grad[:3], grad[3:], lengths, "reference", keep, None, None, None, True))
+    torch.library.opcheck(
+        lstm_layer_op, (*grad[:3], grad[3:], lengths, "reference", keep, None, None, None, True, 0.0, 0.0, None)
+    )
     if keep == "nothing":
         return
 

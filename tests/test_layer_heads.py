@@ -100,11 +100,15 @@ def test_operator_checks_and_derivatives(keep):
     weights = [torch.randn(s) for _ in range(2) for s in ((4 * H, 4), (4 * H, WIDTH), (4 * H,), (4 * H,))]
     for tensor in (x, h_0, c_0, *weights):
         tensor.requires_grad_()
-    torch.library.opcheck(lstm_layer_op, (x, h_0, c_0, weights, None, "reference", keep, None, None, None, False))
+    torch.library.opcheck(
+        lstm_layer_op, (x, h_0, c_0, weights, None, "reference", keep, None, None, None, False, 0.0, 0.0, None)
+    )
     double = [t.detach().double().requires_grad_() for t in (x, h_0, c_0, *weights)]
 
     def function(x, h_0, c_0, *weights):
-        return lstm_layer_op(x, h_0, c_0, list(weights), None, "reference", keep, None, None, None, False)[:3]
+        return lstm_layer_op(
+            x, h_0, c_0, list(weights), None, "reference", keep, None, None, None, False, 0.0, 0.0, None
+        )[:3]
 
     assert gradcheck(function, double, fast_mode=True)
     assert gradgradcheck(function, double, fast_mode=True)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tlstm.functional_dropout import seed_tensor
 from tlstm.functional_layers import Runner, run_kernels, run_reference
 from tlstm.functional_native import run_native
-from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights
+from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights, zero_state
 
 BACKENDS = ("auto", "triton", "native", "reference")
 # Whether `auto` means the kernels on a GPU that can run them. They pass every test that needs no GPU, but have met none
@@ -34,7 +34,7 @@ Seed = int | Tensor | torch.Generator
 
 def lstm(
     x: Tensor,  # (T, B, I)
-    hx: State,  # h_0 (L*D, B, P), c_0 (L*D, B, H); P = proj_size or H, D directions
+    hx: State | None,  # h_0 (L*D, B, P), c_0 (L*D, B, H), zero if None; P = proj_size or H, D directions
     weights: Weights,  # flat, torch's order: for each layer and direction W_ih, W_hh[, b_ih, b_hh][, W_hr]
     options: LSTMOptions,
     lengths: Tensor | None = None,  # (B,) integer, 0..T
@@ -71,6 +71,8 @@ def lstm(
         ValueError: unknown backend; resets of another shape or dtype; a reset_state without resets; no seed.
         BackendUnavailableError: the backend cannot run on x's device; the message says why.
     """
+    from_zero = hx is None
+    hx = zero_state(x, x.size(1), weights, options) if hx is None else hx
     if resets is not None:
         check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
     check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
@@ -80,7 +82,7 @@ def lstm(
         D, cells = options.num_directions, x.new_zeros(0, x.shape[1], hx[1].shape[-1] * options.num_directions)
         result = Result(x.new_zeros(0, x.shape[1], hx[0].shape[-1] * D), hx, (cells,) * options.num_layers)
     else:
-        call = Call(lengths, resets, reset_state, seed, return_cell_states)
+        call = Call(lengths, resets, reset_state, seed, return_cell_states, from_zero=from_zero)
         result = _RUNNERS[name](x, hx, weights, options, call)
     return tuple(result) if return_cell_states else (result.y, result.state)
 
@@ -88,7 +90,7 @@ def lstm(
 def lstm_packed(
     data: Tensor,  # (N, I) tokens of a PackedSequence
     batch_sizes: Tensor,  # (T,) int64 on the CPU, non-increasing
-    hx: State,  # h_0 (L*D, B, P), c_0 (L*D, B, H), rows in the packed (sorted) order
+    hx: State | None,  # h_0 (L*D, B, P), c_0 (L*D, B, H), rows in the packed (sorted) order; zero if None
     weights: Weights,  # flat, as in `lstm`
     options: LSTMOptions,
     backend: str = "auto",
@@ -103,7 +105,8 @@ def lstm_packed(
         `return_cell_states` a tuple of one (N, D*H) for each layer.
     """
     name, seed = _pick(backend, data, return_cell_states or options.zones_out), seed_tensor(dropout_seed, data.device)
-    call = Call(dropout_seed=seed, with_cells=return_cell_states, batch_sizes=batch_sizes, rows=rows)
+    call = Call(None, None, None, seed, return_cell_states, batch_sizes, rows, from_zero=hx is None)
+    hx = zero_state(data, int(batch_sizes[0]), weights, options) if hx is None else hx
     if name == "native":
         result = run_native(data, hx, weights, options, call)
     else:

@@ -73,6 +73,7 @@ def _run_operator(backend: str, x: Tensor, hx: State, weights: Weights, options:
             zoneout_h=options.zoneout[0],
             zoneout_c=options.zoneout[1],
             zoneout_seed=call.zoneout_seed,
+            zero_h_0=call.from_zero,
         )
         return Result(y, (h_n, c_n), () if cells is None else (cells,))
 

@@ -62,12 +62,19 @@ class Call(NamedTuple):
     batch_sizes: Tensor | None = None  # (T,) int64 on the CPU: the input is packed, (N, I) in the place of (T, B, I)
     rows: Tensor | None = None  # (B,) the rows of the batch as the caller knows them, where they were sorted
     zoneout_seed: Tensor | None = None  # () int64, of one layer; None: units keep their share
+    from_zero: bool = False  # whether the initial state is known to be zero
 
     def of_layer(self, states: slice) -> Call:
         """The call of one layer, whose states these are."""
         if self.reset_state is None:
             return self
         return self._replace(reset_state=(self.reset_state[0][states], self.reset_state[1][states]))
+
+
+def zero_state(x: Tensor, batch_size: int, weights: Weights, options: LSTMOptions) -> State:
+    """The state before any input, in x's dtype."""
+    rows, H = options.num_layers * options.num_directions, weights[0].shape[0] // 4
+    return x.new_zeros(rows, batch_size, options.proj_size or H), x.new_zeros(rows, batch_size, H)
 
 
 class Result(NamedTuple):

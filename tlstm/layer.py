@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tlstm.functional import BACKENDS, Seed, lstm, lstm_packed, why_unavailable
 from tlstm.functional_dropout import seed_tensor, weight_dropout
 from tlstm.functional_options import BackendUnavailableError, LSTMOptions
-from tlstm.layer_arguments import StateShapes, padded_arguments, refuse_padding_options, zero_state
+from tlstm.layer_arguments import StateShapes, padded_arguments, refuse_padding_options
 
 
 class LSTM(torch.nn.LSTM):
@@ -32,6 +32,8 @@ class LSTM(torch.nn.LSTM):
     `torch._dynamo.config.allow_rnn = True`, or call `tlstm.functional.lstm`.
 
     Args:
+        proj_size: as in torch.nn.LSTM. The triton backend runs it with W_hh W_hr in the loop and W_hr after it, which
+            rounds a little more in half types (kernels/README.md).
         backend: "auto" (the fastest that is proved on the device: native, so far), "native" (torch's own), "reference"
             (the equations, slow) or "triton". Assigning to the attribute `backend` changes it later.
         num_heads: blocks N of the recurrent weights, a divisor of hidden_size. With more than one, the units are in N
@@ -202,11 +204,9 @@ class LSTM(torch.nn.LSTM):
         return_cell_states: bool,
     ) -> Any:
         check_input(packed.data, (2,), self.input_size, weights[0])
-        B, shapes = int(packed.batch_sizes[0]), self._state_shapes()
-        if hx is None:
-            state = zero_state(packed.data, shapes, B)
-        else:
-            check_state(hx, *shapes.of(B), weights[0])
+        state = None
+        if hx is not None:
+            check_state(hx, *self._state_shapes().of(int(packed.batch_sizes[0])), weights[0])
             state = self.permute_hidden((hx[0], hx[1]), packed.sorted_indices)
         own = (self._options(), self._backend, seed, packed.sorted_indices, return_cell_states)
         data, state, *cells = lstm_packed(packed.data, packed.batch_sizes, state, weights, *own)

@@ -40,11 +40,11 @@ def padded_arguments(
     input_size: int,
     batch_first: bool,
     weight: Tensor,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None, tuple[Tensor, Tensor] | None]:
     """Check a call on a padded batch or a single sequence.
 
     Returns:
-        x (T, B, I), the initial state (L*D, B, .), resets (T, B) and the state after them (L*D, B, .).
+        x (T, B, I), the initial state (L*D, B, .) or None, resets (T, B) and the state after them (L*D, B, .).
     """
     check_input(input, (2, 3), input_size, weight)
     batched = input.dim() == 3
@@ -63,7 +63,7 @@ def padded_arguments(
         )
     check_reset_state(reset_state, resets, *shapes.of(B), weight)
     if hx is None:
-        return x, zero_state(x, shapes, B), resets, reset_state
+        return x, None, resets, reset_state
     check_state(hx, *shapes.of(B if batched else None), weight)
     state = (hx[0], hx[1]) if batched else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     return x, state, resets, reset_state
@@ -80,12 +80,6 @@ def refuse_padding_options(lengths: Any, resets: Any, reset_state: Any) -> None:
         raise ArgumentError(
             "lengths: expected None with a PackedSequence, which has its own; received both. Pass only one."
         )
-
-
-def zero_state(x: Tensor, shapes: StateShapes, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The state before any input, in x's dtype."""
-    h_shape, c_shape = shapes.of(batch_size)
-    return x.new_zeros(h_shape), x.new_zeros(c_shape)
 
 
 def _refuse_batch_options(input: Tensor, lengths: Any, resets: Any, reset_state: Any) -> None:

@@ -55,18 +55,20 @@ def gpu_of(index: int) -> GPU:
     )
 
 
-def plan_for(kernel: str, x: Tensor, c_0: Tensor, weights: DirectionWeights) -> LaunchPlan:
-    """The plan of "forward" or "backward" for a layer's input (T, B, I), initial cell state (D, B, H) and weights."""
+def plan_for(kernel: str, x: Tensor, c_0: Tensor, heads: int = 1, per_step: bool = False) -> LaunchPlan:
+    """The plan of "forward" or "backward" for a layer's input (T, B, I) and initial cell state (D, B, H).
+
+    A layer with a projection has that of the layer without one that it is run as (`projection`).
+    """
     (T, B, _), (D, _, H) = x.shape, c_0.shape
-    N = weights.heads
     gpu = gpu_of(x.device.index)
     pinned = dict(current_options().pins(kernel))
-    if weights.w_hr is not None or not T * B * H:
+    if per_step or not T * B * H:
         pinned = {"regime": "per_step"}
     dtype = str(x.dtype).removeprefix("torch.")
     tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision, excluded = "tf32" if tf32 else "ieee", _too_large.get(gpu, frozenset())
-    return choose_plan(kernel, H // N, B, dtype, gpu, D, precision, pinned, excluded, N)
+    return choose_plan(kernel, H // heads, B, dtype, gpu, D, precision, pinned, excluded, heads)
 
 
 def with_plan(
@@ -74,7 +76,7 @@ def with_plan(
 ) -> Result:
     """`run(plan)` with the best plan that the GPU can run. A kernel that turns out to be too large is not launched."""
     while True:
-        plan = plan_for(kernel, x, c_0, weights)
+        plan = plan_for(kernel, x, c_0, weights.heads, per_step=weights.w_hr is not None)
         try:
             return run(plan)
         except OutOfResources as error:

@@ -6,12 +6,9 @@ together, lengths, the products outside the recurrence, saved and recomputed gat
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tlstm_kernels import layer_reference
-from tlstm_kernels.gpu import KNOWN_GPUS
 from tlstm_kernels.launch_options import launch_options
 from tlstm_kernels.launch_plan import PlanError
 from tlstm_kernels.zoneout import Zoneout
@@ -19,7 +16,6 @@ from tlstm_kernels.zoneout import Zoneout
 kernel_calls = pytest.importorskip("tlstm_kernels.kernel_calls", reason="needs triton")
 pytest.importorskip("greenlet", reason="the interleaved interpreter needs greenlet")
 
-from interleaving.grid import run_interleaved  # noqa: E402
 from tlstm_kernels import launch  # noqa: E402
 
 # Small tiles, so that small layers have several programs: pins of the forward and of the backward plan.
@@ -27,33 +23,6 @@ SMALL = {"units": 8, "rows": 8, "block_k": 64}, {"units": 16, "rows": 8, "block_
 STREAMED = tuple(pins | {"regime": "streamed"} for pins in SMALL)
 SINGLE = ({"regime": "single", "units": 16, "block_k": 16, "rows": 8},) * 2
 TILE_BY_TILE = [tuple(pins | {"groups": 1} for pins in both) for both in (SMALL, SINGLE)]
-
-
-class InterpretedKernel:
-    """Takes launches as a Triton kernel does, and runs them on CPU tensors."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def run(*arguments, num_warps, num_stages, launch_cooperative_grid, **constants):
-            assert launch_cooperative_grid == (grid[0] > 1)
-            self.launches.append(grid)
-            named = dict(zip(self.kernel.arg_names, arguments, strict=False))
-            run_interleaved(self.kernel, grid, len(self.launches), **named, **constants)
-
-        return run
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of nine multiprocessors; gives the list of launched grids."""
-    grids: list[tuple[int, int, int]] = []
-    small = replace(KNOWN_GPUS["H100"], name="small", multiprocessors=9)
-    monkeypatch.setattr(kernel_calls, "gpu_of", lambda index: small)
-    for name in ("persistent_forward_kernel", "persistent_backward_kernel"):
-        monkeypatch.setattr(kernel_calls, name, InterpretedKernel(getattr(kernel_calls, name), grids))
-    return grids
 
 
 # name: (T, B, I, H, D), lengths, bias, pins, grids of forward and backward

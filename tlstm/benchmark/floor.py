@@ -107,7 +107,7 @@ class FloorMeter:
         kernels = {"forward": ("forward",), "backward": ("backward",), "train": ("forward", "backward")}
         floors = []
         for kernel in kernels.get(mode, ("forward",)):
-            plan = plan_for(kernel, x, c_0, w.proj_size > 0)
+            plan = plan_for(kernel, x, c_0)
             step = self.of_plan(plan)
             if step is None:
                 return None

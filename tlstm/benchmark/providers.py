@@ -150,7 +150,7 @@ def describe_plan(problem: Problem, pins: dict[str, dict[str, int | str]]) -> st
     with launch_options(pins.get("forward"), pins.get("backward")), problem.precision():
         for kernel in ("forward",) if problem.mode == "forward" else ("forward", "backward"):
             c_0 = torch.empty(w.directions, w.B, w.H, device=problem.device)
-            plan = plan_for(kernel, problem.xs[0], c_0, w.proj_size > 0)
+            plan = plan_for(kernel, problem.xs[0], c_0)
             tiles = f"units={plan.units} rows={plan.rows} block_k={plan.block_k} num_warps={plan.num_warps}"
             more = f"split_k={plan.split_k} keep_tile={plan.keep_tile} groups={plan.groups}"
             parts.append(f"{kernel}: regime={plan.regime} {tiles} {more}")
