@@ -270,5 +270,5 @@ class LSTMConfig(Pushable):
             for token_id in ids:
                 if token_id is not None:
                     check_int(name, token_id, 0, self.vocab_size - 1)
-                elif len(ids) > 1:
+                elif value is not None:
                     raise ValueError(f"{name}: expected ids, got null inside the list {shown(value)}")

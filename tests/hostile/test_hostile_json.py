@@ -37,6 +37,7 @@ def spoiled(text: bytes, how: str) -> bytes:
         "a key twice, deep inside": b'{"x": {"y": [{"z": 1, "z": 2}]}, ' + inner + b"}",
         "NaN": b'{"x": NaN, ' + inner + b"}",
         "-Infinity": b'{"x": [-Infinity], ' + inner + b"}",
+        "half a character": b'{"x": ["\\uD800"], ' + inner + b"}",
     }[how]
 
 
@@ -44,6 +45,7 @@ DAMAGE = [
     "empty", "cut", "garbage", "not utf-8", "git-lfs pointer", "web page", "a list", "a number", "null",
     "text after the end", "100,000 brackets", "100,000 braces", "101 lists", "900 lists", "a number of 5,000 digits",
     "a key twice", "a key twice, deep inside", "NaN", "-Infinity",
+    "half a character",
 ]  # fmt: skip
 
 # The library that reads tokenizers takes the last of two keys, here and everywhere else; a loss may be NaN.
@@ -111,6 +113,7 @@ def test_a_huge_file_is_not_read(folder: Path, name: str) -> None:
         {"initializer": "x" * 10**6},
         {"eos_token_id": list(range(10**5))},
         {"eos_token_id": [True]},
+        {"eos_token_id": [None]},
         {"pad_token_id": HUGE},
         {"dtype": ["float32"]},
         {"model_type": {"a": list(range(10**5))}},

@@ -31,6 +31,8 @@ def parse_json(content: bytes | str, source: str, *, nan: bool = False) -> dict[
     try:
         value = json.loads(content, object_pairs_hook=_unique, parse_constant=None if nan else _refuse_constant)
         _check_depth(value)
+        if b"\\ud" in data.lower():  # half of a pair makes a string that cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         reason = str(error) or type(error).__name__
         story = what_came_instead(data) or f"not valid JSON ({reason}); download or save it again"
