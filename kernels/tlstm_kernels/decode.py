@@ -111,8 +111,6 @@ def decode_kernel(
     if error_ptr is not None:
         error_ptr += (tl.program_id(1) * tl.num_programs(0) + program) * 4
 
-    seeds = load_field(streams_in_ptr, 0, rows, B)
-    return_index = load_field(streams_in_ptr, 1, rows, B).to(tl.int32)
     position = load_field(streams_in_ptr, 2, rows, B).to(tl.int32)
     made = load_field(streams_in_ptr, 3, rows, B).to(tl.int32)
     limit = load_field(streams_in_ptr, 4, rows, B).to(tl.int32)
@@ -204,7 +202,10 @@ def decode_kernel(
                 )  # fmt: skip
                 new_recurrent = new_recurrent + (r,)  # noqa: RUF005
 
-        # 4. The head, and what this program sends of it.
+        # 4. The head, and what this program sends of it. Seeds are loaded in every step: held from step to step, the
+        # compiler would hold all that follows from them as well, the keys of every round.
+        seeds = load_field(streams_in_ptr, 0, rows, B)
+        return_index = load_field(streams_in_ptr, 1, rows, B).to(tl.int32)
         best = tl.full((BLOCK_B,), NO_KEY, tl.int64)
         for block in range(HEAD_BLOCKS):
             first = (block * tl.num_programs(0) + program) * BLOCK_V
@@ -277,8 +278,8 @@ def decode_kernel(
         tl.store(h_out_ptr + own, hs[layer], mask=mask)
         tl.store(c_out_ptr + own, cs[layer].to(DTYPE), mask=mask)
     if program == 0:
-        store_field(streams_out_ptr, 0, rows, B, seeds)
-        store_field(streams_out_ptr, 1, rows, B, return_index)
+        store_field(streams_out_ptr, 0, rows, B, load_field(streams_in_ptr, 0, rows, B))
+        store_field(streams_out_ptr, 1, rows, B, load_field(streams_in_ptr, 1, rows, B))
         store_field(streams_out_ptr, 2, rows, B, position)
         store_field(streams_out_ptr, 3, rows, B, made)
         store_field(streams_out_ptr, 4, rows, B, limit)

@@ -87,7 +87,7 @@ def token_of_key(keys):
 def has_finite_score(keys):
     """False where every token is forbidden (-inf), or where the logits overflowed or are NaN."""
     score = (keys >> 32).to(tl.int32)
-    return (score < 0x7F800000) & (score > -0x7F800000)
+    return (score < 0x7F800000) & (score >= -0x7F800000)
 
 
 # ---- one block of the vocabulary, as the head computes it ------------------------------------------------------------

@@ -6,7 +6,7 @@ rounding decides it, which `margin` measures: models with a closer choice are pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -83,25 +83,31 @@ class Run:
     state: GenerationState
 
 
-def with_kernel(
+def decoder_of(
     case: DecodeCase,
     model: LSTMForCausalLM,
     seed: int,
-    stop_after: int | None = None,
-    launch=run_interleaved,
-    **options,
-) -> Run:
-    """Under one schedule; up to `stop_after` steps where that is given."""
+    *,
+    start: GenerationState | None = None,
+    launch_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> GpuDecoder:
+    """The decoder, its kernel under one schedule. `options` are those of GpuDecoder."""
     config = case.config(model)
-    start = model.prefill(case.prompts())
-    if config.do_sample:
-        start = GenerationState(start.recurrent, start.tokens, start.vocab_size, tuple(config.seed))
-    launcher = partial(launch, seed=seed)
-    decoder = GpuDecoder(model, start, config, plan=case.plan(model), launcher=launcher, chunk=case.chunk, **options)
-    steps = 0
-    while not decoder.finished and (stop_after is None or steps < stop_after):
+    if start is None:
+        start = model.prefill(case.prompts())
+        if config.do_sample:
+            start = replace(start, seeds=tuple(config.seed))
+    launcher = partial(run_interleaved, seed=seed, **(launch_options or {}))
+    return GpuDecoder(model, start, config, plan=case.plan(model), launcher=launcher, chunk=case.chunk, **options)
+
+
+def with_kernel(case: DecodeCase, model: LSTMForCausalLM, seed: int, steps: int | None = None, **options: Any) -> Run:
+    """What the decoder makes, in so many steps where that is given."""
+    decoder, done = decoder_of(case, model, seed, **options), 0
+    while not decoder.finished and (steps is None or done < steps):
         decoder.step()
-        steps += 1
+        done += 1
     return Run(decoder.new_tokens, list(decoder.finish_reasons), decoder.state())
 
 

@@ -1,0 +1,125 @@
+"""Compile decode plans for GPUs that need not be there, and write what the compiler made of them.
+
+    PYTHONPATH=.:kernels python benchmarks/compiled_decode.py [--gpu H100 ...]
+
+One CSV, benchmarks/results/compiled/decode.csv: the plan, registers, spilled bytes, shared memory beside the target's
+limit, matrix instructions, tiles of weights held outside the loop over tokens, and the cost model's time of one token of
+every stream, which nobody measured. Rows are written as they come; a row that is there already for the same kernel
+source, compiler and plan is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import triton
+from tlstm_kernels.decode_ahead_of_time import compile_decode_plan
+from tlstm_kernels.decode_plan import choose_decode_plan, shared_memory_bytes
+from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
+from tlstm_kernels.gpu import GPU, KNOWN_GPUS
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).parent / "results" / "compiled" / "decode.csv"
+TARGETS = ("H100", "A100", "B200", "MI300X")
+SAMPLING, FILTERING = Choice(True), Choice(True, True, True, True)
+SHIPPED, LARGE = (448,) * 3, (1024,) * 2
+# Widths of the layers, vocabulary, streams, dtype, choice.
+EVERYWHERE = ((SHIPPED, 65, 1, "bfloat16", SAMPLING), (LARGE, 65, 1, "bfloat16", SAMPLING))
+MORE = (
+    (SHIPPED, 65, 1, "bfloat16", FILTERING),
+    (LARGE, 65, 64, "bfloat16", SAMPLING),
+    ((512,) * 2, 10_000, 8, "bfloat16", SAMPLING),
+    ((512,) * 2, 1000, 8, "float32", FILTERING),
+)
+PLAN = ("programs", "rows", "groups", "units", "block_k", "block_v", "num_warps", "keep_tile", "on_chip", "mode")
+FIGURES = ("registers", "spills", "shared_memory", "matrix_instructions", "weights_outside_loop")
+COLUMNS = [
+    *("gpu", "target", "widths", "vocabulary", "streams", "dtype", "choice", *PLAN),
+    *(*FIGURES, "shared_estimate", "shared_limit", "model_us", "triton", "source"),
+]
+
+
+def cases(gpu: str) -> Iterator[tuple[tuple[int, ...], int, int, str, Choice]]:
+    yield from EVERYWHERE
+    if gpu == "H100":
+        yield from MORE
+
+
+def main() -> None:
+    """Compile what is not in the table yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", nargs="+", choices=sorted(KNOWN_GPUS), default=TARGETS)
+    parser.add_argument("--out", type=Path, default=TABLE)
+    arguments = parser.parse_args()
+    rows = {key_of(row): row for row in read(arguments.out)}
+    for name in arguments.gpu:
+        gpu = KNOWN_GPUS[name]
+        for widths, vocabulary, streams, dtype, choice in cases(name):
+            plan = choose_decode_plan(DecodeShape(widths, vocabulary, dtype), choice, streams, gpu)
+            assert plan is not None, (name, widths, vocabulary, streams)
+            row = describe(plan, gpu)
+            old = rows.get(key_of(row))
+            if old is not None and all(old[column] == row[column] for column in (*PLAN, "triton", "source")):
+                continue
+            figures = asdict(compile_decode_plan(plan, gpu))
+            rows[key_of(row)] = row | {name: str(figures[name]) for name in FIGURES}
+            write(arguments.out, list(rows.values()))
+            print(*(f"{column}={rows[key_of(row)][column]}" for column in COLUMNS[:-2]), flush=True)
+
+
+def describe(plan: DecodePlan, gpu: GPU) -> dict[str, str]:
+    """A row without the compiler's figures."""
+    asked = [name for name, on in asdict(plan.choice).items() if on]
+    about = {
+        "gpu": gpu.name,
+        "target": gpu.arch,
+        "widths": "x".join(map(str, plan.shape.widths)),
+        "vocabulary": plan.shape.vocab_size,
+        "streams": plan.streams,
+        "dtype": plan.shape.dtype,
+        "choice": " ".join(asked) or "greedy",
+        **{name: getattr(plan, name) for name in PLAN},
+        "units": "x".join(map(str, plan.units)),
+        "on_chip": "".join(str(int(here)) for here in plan.on_chip),
+        "shared_estimate": shared_memory_bytes(plan),
+        "shared_limit": gpu.shared_memory,
+        "model_us": f"{plan.cost.total:.2f}",
+        "triton": triton.__version__,
+        "source": source_hash(),
+    }
+    return {name: str(value) for name, value in about.items()}
+
+
+def source_hash() -> str:
+    """Short hash of the kernel's source: figures of another source are old."""
+    files = ("cell", "exchange", "decode", "decode_exchange", "decode_layers", "decode_sampling")
+    folder = ROOT / "kernels" / "tlstm_kernels"
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in files)).hexdigest()[:10]
+
+
+def key_of(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("gpu", "widths", "vocabulary", "streams", "dtype", "choice"))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
