@@ -3,9 +3,9 @@
     PYTHONPATH=.:kernels python benchmarks/compiled_decode.py [--gpu H100 ...]
 
 One CSV, benchmarks/results/compiled/decode.csv: the plan, registers, spilled bytes, shared memory beside the target's
-limit, matrix instructions, tiles of weights held outside the loop over tokens, and the cost model's time of one token of
-every stream, which nobody measured. Rows are written as they come; a row that is there already for the same kernel
-source, compiler and plan is kept.
+limit, matrix instructions, tiles of weights held outside the loop over tokens, and the time of one token of
+every stream by the cost model, which nobody measured. Rows are written as they come; a row for the same kernel
+source, compiler and plan that is there already is kept.
 """
 
 from __future__ import annotations

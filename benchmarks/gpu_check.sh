@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one command:
 #
-#     benchmarks/gpu_check.sh OUT_DIR [tests] [sanitizer] [speed]      without a name: all three
+#     benchmarks/gpu_check.sh OUT_DIR [tests] [sanitizer] [speed] [decode]      without a name: all four
 #
 # Parts, each within PART_MINUTES (10) and each writing its results as they come:
 #     tests       tests/gpu, every test with a limit of its own            -> OUT_DIR/tests.{xml,log}
 #     sanitizer   compute-sanitizer's memcheck and racecheck, small sizes   -> OUT_DIR/sanitizer_*.log
 #     speed       tlstm beside torch.nn.LSTM: the set `check` of benchmarks.run, most telling shapes first, until the
 #                 time is up; the same command goes on from there           -> OUT_DIR/check-COMMIT.{csv,json,svg}
+#     decode      tokens a second beside torch.nn.LSTM in a CUDA graph      -> OUT_DIR/decode.csv
 # Ends with one line for each part; the exit code is the number of parts that failed. Without a GPU it says so and
 # ends with 0: nothing was found wrong, and nothing was checked.
 set -uo pipefail
 
-OUT="${1:?usage: benchmarks/gpu_check.sh OUT_DIR [tests] [sanitizer] [speed]}"
+OUT="${1:?usage: benchmarks/gpu_check.sh OUT_DIR [tests] [sanitizer] [speed] [decode]}"
 shift
-PARTS=("${@:-tests sanitizer speed}")
-[ $# -eq 0 ] && PARTS=(tests sanitizer speed)
+PARTS=("$@")
+[ $# -eq 0 ] && PARTS=(tests sanitizer speed decode)
 SECONDS_OF_A_PART=$((60 * ${PART_MINUTES:-10} - 15))
 PYTHON="${PYTHON:-python3}"
 cd "$(dirname "$0")/.." || exit 1
@@ -51,6 +52,11 @@ run_speed() {
     timeout -k 10 $((SECONDS_OF_A_PART + 60)) "$PYTHON" -m benchmarks.run --set check --out "$OUT" --device cuda \
         --providers tlstm torch --dtype bfloat16 float16 tf32 float32 --time-limit "$SECONDS_OF_A_PART" \
         ${SPEED_ARGS:-} 2>&1 | tee "$OUT/speed.log" | tail -40
+}
+
+run_decode() {
+    timeout -k 10 $((SECONDS_OF_A_PART + 10)) "$PYTHON" benchmarks/decode_gpu.py --out "$OUT" \
+        --seconds $((SECONDS_OF_A_PART - 20)) 2>&1 | tee "$OUT/decode.log" | tail -40
 }
 
 failures=0
