@@ -1,0 +1,87 @@
+"""Plans of the decode kernel: what can never run is never chosen, and what is refused is refused with a reason."""
+
+from __future__ import annotations
+
+import csv
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from tlstm_kernels.decode_plan import choose_decode_plan, refusal, shared_memory_bytes
+from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
+from tlstm_kernels.decode_weights import ModelWeights, pack_weights
+from tlstm_kernels.gpu import KNOWN_GPUS
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled" / "decode.csv"
+GPUS = ("A100", "H100", "B200", "RTX 4090")
+WIDTHS = ((7,), (256,), (448,) * 3, (512, 512), (1024,), (1024, 1024), (1150, 1150, 400))
+
+
+@pytest.mark.parametrize("gpu", [KNOWN_GPUS[name] for name in GPUS], ids=lambda gpu: gpu.name)
+def test_a_chosen_plan_can_run(gpu):
+    for widths, V, streams, dtype in product(WIDTHS, (65, 50_257), (1, 5, 64), ("float16", "float32")):
+        plan = choose_decode_plan(DecodeShape(widths, V, dtype), Choice(True), streams, gpu)
+        if plan is None:
+            assert streams > 1 or widths == WIDTHS[-1], f"{widths} {V} {dtype}: one stream always fits"
+            continue
+        assert plan.programs * plan.groups <= gpu.multiprocessors
+        assert plan.rows * plan.groups >= streams
+        assert shared_memory_bytes(plan) <= gpu.shared_memory
+        assert all(units * plan.programs >= width for units, width in zip(plan.units, widths, strict=True))
+        assert plan.block_v * plan.head_blocks * plan.programs >= V
+        assert plan.cost.total > 0
+
+
+def test_rows_of_the_vocabulary_are_filtered_in_one_trip_for_few_streams_and_in_two_for_many():
+    shape, gpu = DecodeShape((512, 512), 65, "bfloat16"), KNOWN_GPUS["H100"]
+    assert choose_decode_plan(shape, Choice(True), 64, gpu).mode == "reduce"
+    assert choose_decode_plan(shape, Choice(True, top_k=True), 1, gpu).mode == "everyone"
+    assert choose_decode_plan(shape, Choice(True, top_k=True), 64, gpu).mode == "owner"
+
+
+@pytest.mark.parametrize(
+    ("reason", "shape", "choice", "gpu"),
+    [
+        ("AMD GPUs share no coherent L2 cache", DecodeShape((7,), 65, "float16"), Choice(), "MI300X"),
+        ("no float64", DecodeShape((7,), 65, "float64"), Choice(), "H100"),
+        ("has 9 layers", DecodeShape((7,) * 9, 65, "float16"), Choice(), "H100"),
+        ("up to 4096 token ids", DecodeShape((7,), 4097, "float16"), Choice(True, top_p=True), "H100"),
+        ("no plan for layers of (5000,) units", DecodeShape((5000,), 65, "float16"), Choice(), "H100"),
+    ],
+)
+def test_refusals(reason, shape, choice, gpu):
+    assert reason in refusal(shape, choice, 1, KNOWN_GPUS[gpu])
+
+
+def test_nothing_is_refused_without_a_reason():
+    assert refusal(DecodeShape((448,) * 3, 65, "float16"), Choice(True, top_k=True), 1, KNOWN_GPUS["H100"]) is None
+
+
+def test_packed_weights_hold_every_row_once_and_zeros():
+    """Programs' rows side by side, read back by hand."""
+    shape = DecodeShape((7, 5), 13, "float32")
+    plan = DecodePlan(shape, Choice(), 1, 2, 8, 8, 16, 4, 1, (True,) * 4, "reduce")
+    torch.manual_seed(0)
+    w_ih, w_hh = [torch.randn(28, 3), torch.randn(20, 7)], [torch.randn(28, 7), torch.randn(20, 5)]
+    bias, embedding = [torch.randn(28), torch.randn(20)], torch.randn(13, 3)
+    packed = pack_weights(ModelWeights(embedding, w_ih, w_hh, bias, torch.randn(13, 5), None), plan)
+    assert plan.units == (4, 4)
+    for matrix, w, H in ((0, w_hh[0], 7), (1, w_ih[1], 5), (2, w_hh[1], 5)):
+        part = packed.w[plan.offsets[matrix] : plan.offsets[matrix + 1]].view(2, 4, 4, plan.padded(matrix))
+        found = part.transpose(0, 1).reshape(4, 8, -1)  # (gate, unit, column)
+        assert torch.equal(found[:, :H, : w.shape[1]], w.view(4, H, -1))
+        assert not found[:, H:].any()
+        assert not found[..., w.shape[1] :].any()
+    table = packed.table.view(13, 2, 4, 4).transpose(1, 2).reshape(13, 4, 8)
+    torch.testing.assert_close(table[..., :7].flatten(1), embedding @ w_ih[0].T + bias[0])
+    biases = packed.bias[plan.bias_offsets[1] : plan.bias_offsets[2]].view(2, 4, 4).transpose(0, 1).reshape(4, 8)
+    assert torch.equal(biases[:, :5].flatten(), bias[1])
+
+
+def test_the_committed_table_is_within_limits():
+    with open(TABLE, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {"sm_80", "sm_90", "sm_100", "gfx942"} == {row["target"] for row in rows}
+    for row in rows:
+        assert int(row["shared_memory"]) <= min(int(row["shared_limit"]), int(row["shared_estimate"])), row
