@@ -57,7 +57,9 @@ def ratio_map(rows: list[Row], about: dict[str, Any]) -> Any:
     for y, line in enumerate(lines):
         for x, column in enumerate(columns):
             if (line, column) in ratios:
-                axes.text(x, y, f"{ratios[line, column]:.2f}", ha="center", va="center")
+                dark = abs(grid[y][x]) > 1.4  # towards the ends of the colours
+                color = "white" if dark else "black"
+                axes.text(x, y, f"{ratios[line, column]:.2f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(lines)), lines)
     baseline = " or ".join(sorted({row["baseline"] for row in rows}))
@@ -72,7 +74,9 @@ def curves(rows: list[Row], about: dict[str, Any]) -> Any:
     if size is None:
         return None
     with_memory = bool(SETS[about["set"]].curve) and any(row["saved_bytes"] not in ("", "0") for row in rows)
-    figure, panels = plt.subplots(1, 2 if with_memory else 1, figsize=(11 if with_memory else 6, 4), squeeze=False)
+    figure, panels = plt.subplots(
+        1, 2 if with_memory else 1, figsize=(11 if with_memory else 6, 4), squeeze=False, layout="constrained"
+    )
     quantities = [("us_per_step", "microseconds per time step"), ("saved_bytes", "bytes saved for backward")]
     for (name, label), axes in zip(quantities, panels[0], strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -87,7 +91,7 @@ def curves(rows: list[Row], about: dict[str, Any]) -> Any:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=text)
         axes.set(xscale="log", yscale="log", xlabel=size, ylabel=label)
         axes.grid(alpha=0.3, which="both", linewidth=0.4)
-    panels[0][-1].legend(fontsize=5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        axes.legend(fontsize=5)
     figure.suptitle(_title(about, f"against {size}"))
     return figure
 

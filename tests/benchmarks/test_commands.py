@@ -78,7 +78,13 @@ def test_a_run_records_draws_and_sums_up(tmp_path, capsys):
         (m, h) for m in ("train", "backward") for h in ("64", "72")
     }
     about = json.loads(path.with_suffix(".json").read_text())
-    assert {entry["provider"] for entry in about["summary"]} == {"tlstm", "tlstm:reference", "torch", "torch-loop"}
+    assert {entry["provider"] for entry in about["summary"]} == {
+        "tlstm",
+        "tlstm:recompute",
+        "tlstm:reference",
+        "torch",
+        "torch-loop",
+    }
     assert (tmp_path / f"{path.stem}-ratios.svg").exists()
     again = path.read_bytes()
     assert run.main([*arguments, "--no-plots"]) == 0  # all is there already

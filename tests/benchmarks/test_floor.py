@@ -17,7 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tlstm.benchmark import floor_kernels
-from tlstm.benchmark.floor import FloorMeter, Geometry, geometry_of
+from tlstm.benchmark.floor import (
+    FloorMeter,
+    Geometry,
+    chain_constants,
+    exchange_constants,
+    geometry_of,
+    hop_geometry,
+)
 
 H100 = KNOWN_GPUS["H100"]
 
@@ -44,16 +51,19 @@ def test_the_hop_is_the_exchange_of_two_programs():
     assert torch.equal(buffer[:, 0, 0], torch.arange(7, dtype=torch.float16))
 
 
-def test_the_chain_multiplies_every_chunk_at_every_step():
+@pytest.mark.parametrize(("chunks", "held"), [(2, 2), (3, 1)])
+def test_the_chain_multiplies_every_chunk_at_every_step(chunks, held):
     M, K, BLOCK_B, BLOCK_K, T = 16, 26, 4, 16, 3
     w, h = torch.randn(M, K), torch.randn(BLOCK_B, BLOCK_K)
     z = torch.full((2, M, BLOCK_B), math.nan)
     run_interleaved(
         floor_kernels.chain_kernel, (2,), 0,
-        w_ptr=w, h_ptr=h, z_ptr=z, T=T, K=K, M=M, BLOCK_B=BLOCK_B, BLOCK_K=BLOCK_K, INPUT_PRECISION="ieee",
+        w_ptr=w, h_ptr=h, z_ptr=z, T=T, K=K, M=M, CHUNKS=chunks, HELD=held, BLOCK_B=BLOCK_B, BLOCK_K=BLOCK_K,
+        INPUT_PRECISION="ieee",
     )  # fmt: skip
-    chunks = w[:, :16] + torch.nn.functional.pad(w[:, 16:], (0, 6))
-    assert torch.allclose(z, (T * chunks @ h.T).expand(2, -1, -1), rtol=1e-5, atol=1e-5)
+    first, second = w[:, :16], torch.nn.functional.pad(w[:, 16:], (0, 6))
+    total = first + second if held == 2 else 3 * first
+    assert torch.allclose(z, (T * total @ h.T).expand(2, -1, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_the_empty_loop_runs_all_its_steps():
@@ -62,36 +72,42 @@ def test_the_empty_loop_runs_all_its_steps():
     assert (out == 5.5).all()
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
-@pytest.mark.parametrize("kernel", ["exchange_kernel", "chain_kernel", "loop_kernel"])
-def test_it_compiles_ahead_of_time(kernel, gpu):
-    g = geometry_of(choose_plan("forward", 768, 16, "bfloat16", KNOWN_GPUS[gpu]))
-    fixed = {
-        "exchange_kernel": {
-            "error_ptr": None, "K": g.columns, "COLUMNS": g.sent, "BLOCK_B": g.rows, "BLOCK_K": g.block_k,
-            "KEEP_TILE": g.keep_tile, "MAX_SPINS": 0,
-        },
-        "chain_kernel": {
-            "K": g.columns, "M": g.products, "BLOCK_B": g.rows, "BLOCK_K": g.block_k, "INPUT_PRECISION": "ieee",
-        },
-        "loop_kernel": {"LANES": 128},
-    }[kernel]  # fmt: skip
-    function = getattr(floor_kernels, kernel)
-    types = {"z_ptr": "*fp32", "out_ptr": "*fp32", "factor": "fp32", "summand": "fp32", "T": "i32", "B": "i32"}
-    signature = {n: "constexpr" if n in fixed else types.get(n, "*bf16") for n in function.arg_names}
-    aligned = {
-        (n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if signature[name][0] == "*"
-    }
-    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
-    target = GPUTarget("cuda", int(KNOWN_GPUS[gpu].arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": g.num_warps, "num_stages": 1})
-    assert compiled.metadata.shared <= KNOWN_GPUS[gpu].shared_memory
-    ptx = compiled.asm["ptx"]
-    if kernel == "chain_kernel":  # products in the loop, weights outside
-        assert any(name in ptx for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
-        assert compiled.asm["ttgir"].partition("scf.for")[0].count("ttg.local_alloc") >= g.columns // g.block_k
-    if kernel == "exchange_kernel":
-        assert "ld.volatile" in ptx
+SHAPES = [
+    ("forward", 768, 16),
+    ("forward", 64, 16),
+    ("backward", 768, 16),
+    ("forward", 2048, 16),
+    ("backward", 1024, 64),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu"), [*((shape, "H100") for shape in SHAPES), (SHAPES[0], "A100"), (SHAPES[0], "B200")], ids=str
+)
+def test_the_parts_compile_ahead_of_time(shape, gpu):
+    kernel, H, B = shape
+    g = geometry_of(choose_plan(kernel, H, B, "bfloat16", KNOWN_GPUS[gpu]))
+    for part, fixed in (
+        ("exchange_kernel", {"error_ptr": None, **exchange_constants(g)}),
+        ("exchange_kernel", {"error_ptr": None, **exchange_constants(hop_geometry(g))}),
+        ("chain_kernel", chain_constants(g)),
+        ("loop_kernel", {"LANES": 128}),
+    ):
+        function = getattr(floor_kernels, part)
+        types = {"z_ptr": "*fp32", "out_ptr": "*fp32", "factor": "fp32", "summand": "fp32", "T": "i32", "B": "i32"}
+        signature = {n: "constexpr" if n in fixed else types.get(n, "*bf16") for n in function.arg_names}
+        pointers = [n for n, name in enumerate(function.arg_names) if signature[name][0] == "*"]
+        attrs = {(n,): [["tt.divisibility", 16]] for n in pointers}
+        source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attrs)
+        target = GPUTarget("cuda", int(KNOWN_GPUS[gpu].arch.removeprefix("sm_")), 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": g.num_warps, "num_stages": 1})
+        assert compiled.metadata.shared <= KNOWN_GPUS[gpu].shared_memory
+        ptx = compiled.asm["ptx"]
+        if part == "chain_kernel":  # products in the loop, weights outside
+            assert any(name in ptx for name in ("wgmma.mma_async", "mma.sync", "tcgen05.mma"))
+            assert compiled.asm["ttgir"].partition("scf.for")[0].count("ttg.local_alloc") >= g.held
+        if part == "exchange_kernel":
+            assert "ld.volatile" in ptx
 
 
 class FakeMeter(FloorMeter):
@@ -125,3 +141,25 @@ def test_one_program_exchanges_nothing_and_several_launches_add_up():
     assert many.launches > 1
     assert meter.of_plan(many).total == pytest.approx(1.25 * many.launches)
     assert meter.of_plan(choose_plan("forward", 7, 3, "float64", H100)) is None
+
+
+def test_a_part_that_cannot_be_measured_leaves_the_floor_open():
+    def measure(part: str, geometry: Geometry) -> float:
+        if part == "chain":
+            raise RuntimeError("out of resources")
+        return 1.0
+
+    meter, plan = FloorMeter(measure), choose_plan("forward", 768, 16, "bfloat16", H100)
+    assert meter.of_plan(plan) is None
+    assert meter.of_plan(plan) is None
+    assert meter.errors == ["chain: RuntimeError: out of resources"]  # tried once
+
+
+@pytest.mark.parametrize("H", [64, 650, 768, 1150, 2048, 4096])
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_the_chain_of_every_regime_fits_on_the_chip(kernel, H):
+    """Weights that the kernel streams are not held by the floor either."""
+    plan = choose_plan(kernel, H, 16, "bfloat16", H100)
+    g = geometry_of(plan)
+    assert g.held == (1 if plan.regime == "streamed" else g.chunks)
+    assert g.held * g.block_k * g.products * 2 <= H100.shared_memory

@@ -1,7 +1,7 @@
 """The adapters to other packages, against stand-ins that compute in the layouts which those packages document.
 
-None of the packages is needed: each stand-in is the textbook loop in the layout of weights of its package, written down
-independently of the adapter. An adapter that permutes a gate wrongly is found by the same verification as in a real run.
+None of the packages is needed: a stand-in is the textbook loop in the layout of weights of its package, written down
+independently of the adapter. An adapter that permutes a gate is found by the same verification as in a real run.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ def test_rows_of_a_real_run(tmp_path):
     assert set(rows[0]) == set(COLUMNS)
     assert len(shown) == 6  # three workloads in two modes
     names = {"tlstm", "tlstm:reference", "torch", "torch-loop"}
-    assert {row["provider"] for row in rows} == names | {"tlstm:native"}
+    assert {row["provider"] for row in rows} == names | {"tlstm:native", "tlstm:recompute"}
+    assert {row["mode"] for row in rows if row["provider"] == "tlstm:recompute"} == {"train"}
     assert {(row["device"], row["machine"], row["set"]) for row in rows} == {("cpu", "cpu", "tiny")}
     for row in rows:
         if row["provider"] == "torch" and row["resets"] == "0.5":

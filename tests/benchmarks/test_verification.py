@@ -16,7 +16,7 @@ from tlstm.benchmark.workload import Workload
 
 from .conftest import TINY, lookup, of_torch
 
-OWN = ["tlstm", "tlstm:native", "tlstm:reference", "torch-loop"]
+OWN = ["tlstm", "tlstm:native", "tlstm:reference", "tlstm:recompute", "torch-loop"]
 OPTIONS = [
     TINY,
     replace(TINY, layers=2, bidirectional=True),

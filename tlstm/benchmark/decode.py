@@ -53,7 +53,7 @@ class DecodeProblem(Problem):
                 self.decoder.head.bias.zero_()
             prompts = [torch.randint(workload.vocab, (workload.B, 1)) for _ in range(input_sets)]
         self.xs = [prompt.to(self.device) for prompt in prompts]
-        self.resets = None
+        self.module, self.resets = self.decoder.lstm, None
 
 
 class DecodeTruth:

@@ -11,12 +11,14 @@ arithmetic, traffic of shared memory, the input. No step can be faster with that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tlstm.benchmark.plans import plans_of
 from tlstm.benchmark.timing import Call, Clock
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Geometry:
     columns: int  # K: what every program receives
     sent: int  # by one program
     products: int  # M: rows of a program's slice of weights
+    chunks: int  # of that slice, one product each
+    held: int  # of these on chip
     rows: int
     block_k: int
     num_warps: int
@@ -64,6 +68,8 @@ def geometry_of(plan: LaunchPlan) -> Geometry:
         columns=plan.contraction,
         sent=plan.units if forward else 4 * plan.units,
         products=4 * plan.units if forward else plan.units,
+        chunks=plan.chunks,
+        held=1 if plan.regime == "streamed" else plan.chunks,
         rows=plan.rows,
         block_k=plan.block_k,
         num_warps=plan.num_warps,
@@ -76,38 +82,41 @@ def geometry_of(plan: LaunchPlan) -> Geometry:
 
 
 class FloorMeter:
-    """Measures each geometry once. `measure(part, geometry)` gives the microseconds per step of "exchange", "chain",
-    "hop" or "loop"."""
+    """Measures each geometry once; NaN, and a line in `errors`, where that fails.
+
+    `measure(part, geometry)` gives the microseconds per step of "exchange", "chain", "hop" or "loop".
+    """
 
     def __init__(self, measure: Callable[[str, Geometry], float]) -> None:
         self._measure = measure
         self.known: dict[tuple[str, Geometry], float] = {}
+        self.errors: list[str] = []
 
     def part(self, name: str, geometry: Geometry) -> float:
         key = (name, geometry)
         if key not in self.known:
-            self.known[key] = self._measure(name, geometry)
+            try:
+                self.known[key] = self._measure(name, geometry)
+            except Exception as error:  # what does not fit or compile has no floor, and the run goes on without
+                self.known[key] = math.nan
+                self.errors.append(f"{name}: {type(error).__name__}: {error}"[:300])
         return self.known[key]
 
     def of_plan(self, plan: LaunchPlan) -> StepFloor | None:
-        """The floor of one step with this plan, all its launches; None for a plan without a persistent kernel."""
+        """The floor of one step with this plan, all its launches; None for a plan without a persistent kernel, or where
+        a part could not be measured."""
         if plan.regime == "per_step":
             return None
         geometry = geometry_of(plan)
         exchange = self.part("exchange", geometry) if plan.programs > 1 else self.part("loop", geometry)
-        return StepFloor(exchange * plan.launches, self.part("chain", geometry) * plan.launches)
+        chain = self.part("chain", geometry)
+        return None if math.isnan(exchange + chain) else StepFloor(exchange * plan.launches, chain * plan.launches)
 
     def of_problem(self, problem: Problem) -> float | None:
         """Microseconds per time step that the problem takes at least, with the plans that the library chooses."""
-        from tlstm_kernels.kernel_calls import plan_for
-
         w, mode = problem.workload, problem.mode
-        x = torch.empty(1, w.B, w.I, dtype=problem.dtype, device=problem.device)
-        c_0 = torch.empty(w.directions, w.B, w.H, device=problem.device)
-        kernels = {"forward": ("forward",), "backward": ("backward",), "train": ("forward", "backward")}
         floors = []
-        for kernel in kernels.get(mode, ("forward",)):
-            plan = plan_for(kernel, x, c_0)
+        for plan in plans_of(problem, {}).values():
             step = self.of_plan(plan)
             if step is None:
                 return None
@@ -132,10 +141,26 @@ def gpu_floor(device: str) -> FloorMeter:
     return FloorMeter(measure)
 
 
-def _exchange_call(geometry: Geometry, device: str) -> Call:
+def exchange_constants(g: Geometry) -> dict[str, int]:
+    """The compile-time arguments of the exchange."""
+    sent = max(g.sent, 1 << (-(-g.columns // g.programs) - 1).bit_length())
+    return {
+        "K": g.columns, "COLUMNS": sent, "BLOCK_B": g.rows, "BLOCK_K": g.block_k, "KEEP_TILE": g.keep_tile,
+        "MAX_SPINS": 0,
+    }  # fmt: skip
+
+
+def chain_constants(g: Geometry) -> dict[str, int | str]:
+    """The compile-time arguments of the chain."""
+    return {
+        "K": g.columns, "M": g.products, "CHUNKS": g.chunks, "HELD": g.held, "BLOCK_B": g.rows, "BLOCK_K": g.block_k,
+        "INPUT_PRECISION": g.precision,
+    }  # fmt: skip
+
+
+def _exchange_call(g: Geometry, device: str) -> Call:
     from tlstm.benchmark.floor_kernels import exchange_kernel
 
-    g = geometry
     dtype = getattr(torch, g.dtype)
     words = torch.int16 if dtype.itemsize == 2 else torch.int32
     rows = g.rows * g.groups
@@ -146,23 +171,26 @@ def _exchange_call(geometry: Geometry, device: str) -> Call:
         buffer.view(words).fill_(-1)
 
     def run(_: int) -> None:
-        exchange_kernel[(g.programs, g.groups)](
-            buffer, None, STEPS, rows, K=g.columns, COLUMNS=_power_of_two(-(-g.columns // g.programs), g.sent),
-            BLOCK_B=g.rows, BLOCK_K=g.block_k, KEEP_TILE=g.keep_tile, MAX_SPINS=0, **options,
-        )  # fmt: skip
+        exchange_kernel[(g.programs, g.groups)](buffer, None, STEPS, rows, **exchange_constants(g), **options)
 
     return Call(run, empty)
 
 
-def _hop_call(geometry: Geometry, device: str) -> Call:
-    small = Geometry(HOP_COLUMNS, 16, 0, 8, HOP_COLUMNS, 4, 1, 2, 1, geometry.dtype, geometry.precision)
-    return _exchange_call(small, device)
+def hop_geometry(g: Geometry) -> Geometry:
+    """Two programs that send 16 columns each."""
+    return replace(
+        g, columns=HOP_COLUMNS, sent=HOP_COLUMNS // 2, rows=8, block_k=HOP_COLUMNS, num_warps=4, keep_tile=1,
+        programs=2, groups=1,
+    )  # fmt: skip
 
 
-def _chain_call(geometry: Geometry, device: str) -> Call:
+def _hop_call(g: Geometry, device: str) -> Call:
+    return _exchange_call(hop_geometry(g), device)
+
+
+def _chain_call(g: Geometry, device: str) -> Call:
     from tlstm.benchmark.floor_kernels import chain_kernel
 
-    g = geometry
     dtype = getattr(torch, g.dtype)
     w = torch.randn(g.products, g.columns, device=device).to(dtype)
     h = torch.randn(g.rows, g.block_k, device=device).to(dtype)
@@ -170,22 +198,19 @@ def _chain_call(geometry: Geometry, device: str) -> Call:
     z = torch.empty(programs, g.products, g.rows, device=device)
 
     def run(_: int) -> None:
-        chain_kernel[(programs,)](
-            w, h, z, STEPS, K=g.columns, M=g.products, BLOCK_B=g.rows, BLOCK_K=g.block_k, INPUT_PRECISION=g.precision,
-            num_warps=g.num_warps, num_stages=1,
-        )  # fmt: skip
+        chain_kernel[(programs,)](w, h, z, STEPS, **chain_constants(g), num_warps=g.num_warps, num_stages=1)
 
     return Call(run)
 
 
-def _loop_call(geometry: Geometry, device: str) -> Call:
+def _loop_call(g: Geometry, device: str) -> Call:
     from tlstm.benchmark.floor_kernels import loop_kernel
 
-    programs = geometry.programs * geometry.groups
-    out = torch.empty(programs, 32 * geometry.num_warps, device=device)
+    programs = g.programs * g.groups
+    out = torch.empty(programs, 32 * g.num_warps, device=device)
 
     def run(_: int) -> None:
-        loop_kernel[(programs,)](out, STEPS, 1.0, 0.5, LANES=out.shape[1], num_warps=geometry.num_warps)
+        loop_kernel[(programs,)](out, STEPS, 1.0, 0.5, LANES=out.shape[1], num_warps=g.num_warps)
 
     return Call(run)
 
@@ -196,8 +221,3 @@ _CALLS: dict[str, Callable[[Geometry, str], Call]] = {
     "chain": _chain_call,
     "loop": _loop_call,
 }
-
-
-def _power_of_two(least: int, usual: int) -> int:
-    """Columns that one program sends: the plan's, or the next power of two where programs have to send more."""
-    return max(usual, 1 << (least - 1).bit_length())

@@ -47,24 +47,26 @@ def exchange_kernel(
 def chain_kernel(
     w_ptr,  # (M, K) contiguous
     h_ptr,  # (BLOCK_B, BLOCK_K) contiguous
-    z_ptr,  # (programs, M, BLOCK_B) float32 out: T times the sum over the chunks of W_n h^T
+    z_ptr,  # (programs, M, BLOCK_B) float32 out: T times the sum over the chunks of W_{n mod HELD} h^T
     T,
     K: tl.constexpr, M: tl.constexpr,
+    CHUNKS: tl.constexpr,  # products of one step
+    HELD: tl.constexpr,  # chunks of W that are on chip: all, or 1 for weights that would be streamed
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,). The products of T steps with W on chip, each adding to the sum of the one before."""
     m, b, k = tl.arange(0, M), tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_K)
     w_chunks = ()
-    for n in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+    for n in tl.static_range(HELD):
         columns = n * BLOCK_K + k
         chunk = tl.load(w_ptr + m[:, None] * K + columns[None, :], mask=(columns < K)[None, :], other=0.0)
         w_chunks = w_chunks + (chunk,)  # noqa: RUF005  (the compiler has no unpacking)
     h = tl.load(h_ptr + b[:, None] * BLOCK_K + k[None, :])
     z = tl.zeros((M, BLOCK_B), tl.float32)
     for _ in range(T):
-        for n in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            z = tl.dot(w_chunks[n], tl.trans(h), z, input_precision=INPUT_PRECISION)
+        for n in tl.static_range(CHUNKS):
+            z = tl.dot(w_chunks[n % HELD], tl.trans(h), z, input_precision=INPUT_PRECISION)
     tl.store(z_ptr + tl.program_id(0) * M * BLOCK_B + m[:, None] * BLOCK_B + b[None, :], z)
 
 

@@ -2,6 +2,7 @@
 
 tlstm                    the kernels with the plan that they choose (on a CPU: what `auto` means there)
 tlstm:REGIME             single, persistent, streamed or per_step, pinned; tlstm:native and tlstm:reference likewise
+tlstm:recompute          as tlstm, with the gates computed again in the backward pass
 tlstm[PINS]              any fields of both plans, as in TLSTM_PLAN: "tlstm[forward: units=8; backward: rows=16]"
 torch                    torch.nn.LSTM: cuDNN on an NVIDIA GPU, oneDNN or ATen on a CPU
 torch-graph              the same, captured in a CUDA graph
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tlstm.benchmark.plans import describe_plans
 from tlstm.benchmark.problem import Problem
 
 REGIMES = ("single", "persistent", "streamed", "per_step")
 BACKENDS = ("native", "reference")
+RECOMPUTE = "recompute"
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -33,7 +36,7 @@ class Built:
     run: Callable[[Tensor], Tensor]  # x (T, B, I) -> y (T, B, P * directions)
     parameters: Mapping[str, Tensor]  # the leaves whose gradients a training step computes
     torch_layout: bool = True  # whether they are torch.nn.LSTM's, by name and by shape
-    plan: str = ""
+    plan: Callable[[], str] = lambda: ""  # how it runs, asked once it has run
     keep_alive: list[object] = field(default_factory=list)
 
 
@@ -57,7 +60,7 @@ def provider(name: str) -> Provider:
         return _tlstm(name)
     known = registry()
     if name not in known:
-        expected = ", ".join([*known, *(f"tlstm:{kind}" for kind in (*REGIMES, *BACKENDS)), "tlstm[PINS]"])
+        expected = ", ".join([*known, *(f"tlstm:{kind}" for kind in (*REGIMES, *BACKENDS, RECOMPUTE)), "tlstm[PINS]"])
         raise ValueError(f"provider: expected one of {expected}; received {name!r}.")
     return known[name]
 
@@ -76,11 +79,12 @@ def registry() -> dict[str, Provider]:
     return {p.name: p for p in (*own, *FOREIGN)}
 
 
-def default_providers(device: str) -> list[str]:
+def default_providers(device: str, mode: str) -> list[str]:
     """What is compared unless asked otherwise; what is not installed is left out with its reason."""
+    recomputed = [f"tlstm:{RECOMPUTE}"] if mode == "train" else []
     if torch.device(device).type == "cuda":
-        return ["tlstm", *(name for name in registry() if name != "tlstm")]
-    return ["tlstm", "tlstm:reference", "torch", "torch-loop"]
+        return ["tlstm", *recomputed, *(name for name in registry() if name != "tlstm")]
+    return ["tlstm", *recomputed, "tlstm:reference", "torch", "torch-loop"]
 
 
 # ---- tlstm -----------------------------------------------------------------------------------------------------------
@@ -98,10 +102,10 @@ def _tlstm(name: str) -> Provider:
         pins = {kernel: {"regime": rest[1:]} for kernel in ("forward", "backward")}
     elif rest.removeprefix(":") in BACKENDS and rest[:1] == ":":
         backend = rest[1:]
-    elif rest:
+    elif rest and rest != f":{RECOMPUTE}":
         raise ValueError(
-            f"provider: expected 'tlstm', 'tlstm:' and one of {', '.join((*REGIMES, *BACKENDS))}, or 'tlstm[PINS]' "
-            f"with the fields of TLSTM_PLAN; received {name!r}."
+            f"provider: expected 'tlstm', 'tlstm:' and one of {', '.join((*REGIMES, *BACKENDS, RECOMPUTE))}, or "
+            f"'tlstm[PINS]' with the fields of TLSTM_PLAN; received {name!r}."
         )
 
     def why_not(problem: Problem) -> str | None:
@@ -114,17 +118,19 @@ def _tlstm(name: str) -> Provider:
         return None
 
     def build(problem: Problem) -> Built:
-        return _build_tlstm(problem, backend, pins)
+        return _build_tlstm(problem, backend, pins, {"recompute": True} if rest == f":{RECOMPUTE}" else {})
 
     return Provider(name, "tlstm.LSTM", why_not, build)
 
 
-def _build_tlstm(problem: Problem, backend: str, pins: dict[str, dict[str, int | str]]) -> Built:
+def _build_tlstm(
+    problem: Problem, backend: str, pins: dict[str, dict[str, int | str]], options: dict[str, bool]
+) -> Built:
     from tlstm.layer import LSTM
 
     w, on_gpu = problem.workload, problem.device.type == "cuda"
     chosen = backend or ("triton" if on_gpu else "auto")
-    layer = LSTM(w.I, w.H, **w.options, backend=chosen, dtype=problem.dtype, device=problem.device)
+    layer = LSTM(w.I, w.H, **w.options, **options, backend=chosen, dtype=problem.dtype, device=problem.device)
     layer.load_state_dict(problem.module.state_dict())
     resets = {} if problem.resets is None else {"resets": problem.resets}
 
@@ -137,24 +143,10 @@ def _build_tlstm(problem: Problem, backend: str, pins: dict[str, dict[str, int |
         with launch_options(pins.get("forward"), pins.get("backward")):
             return run(x)
 
-    plan = describe_plan(problem, pins) if chosen == "triton" else chosen
+    def plan() -> str:
+        return describe_plans(problem, pins) if chosen == "triton" else chosen
+
     return Built(run_pinned if pins else run, dict(layer.named_parameters()), plan=plan)
-
-
-def describe_plan(problem: Problem, pins: dict[str, dict[str, int | str]]) -> str:
-    """The plans of the first layer in a few words."""
-    from tlstm_kernels.kernel_calls import plan_for
-    from tlstm_kernels.launch_options import launch_options
-
-    w, parts = problem.workload, []
-    with launch_options(pins.get("forward"), pins.get("backward")), problem.precision():
-        for kernel in ("forward",) if problem.mode == "forward" else ("forward", "backward"):
-            c_0 = torch.empty(w.directions, w.B, w.H, device=problem.device)
-            plan = plan_for(kernel, problem.xs[0], c_0)
-            tiles = f"units={plan.units} rows={plan.rows} block_k={plan.block_k} num_warps={plan.num_warps}"
-            more = f"split_k={plan.split_k} keep_tile={plan.keep_tile} groups={plan.groups}"
-            parts.append(f"{kernel}: regime={plan.regime} {tiles} {more}")
-    return "; ".join(parts)
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------

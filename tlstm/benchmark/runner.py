@@ -97,7 +97,7 @@ def measure(
             candidate = found.build(problem)
             verdict = _verified(truth, candidate, problem)
             built[name] = candidate
-            row |= {"error_share": verdict.share, "error_where": verdict.where, "plan": candidate.plan}
+            row |= {"error_share": verdict.share, "error_where": verdict.where, "plan": candidate.plan()}
             row |= memory_of(candidate, problem)
         except WrongResultError as error:
             row |= {"status": WRONG, "error": str(error)}

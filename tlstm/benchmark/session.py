@@ -75,7 +75,7 @@ class Settings:
         elif mode == "decode":
             names = list(decode_registry())
         else:
-            names = default_providers(self.device) + (["tlstm:native"] if workload.resets else [])
+            names = default_providers(self.device, mode) + (["tlstm:native"] if workload.resets else [])
         for name in names:
             lookup_for(mode)(name)
         return names
@@ -135,7 +135,7 @@ def run_set(
                 show(rows)
         complete = True
     finally:
-        table.close(complete=complete, parts=_floor_parts(floor))
+        table.close(complete=complete, parts=_floor_parts(floor), floor_errors=floor.errors if floor else [])
     return table
 
 

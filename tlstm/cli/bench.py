@@ -114,6 +114,7 @@ def describe_choices(device: str) -> str:
     lines += [
         "  tlstm:REGIME      single, persistent, streamed or per_step, on a GPU",
         "  tlstm:native, tlstm:reference   those backends",
+        "  tlstm:recompute   gates computed again in the backward pass",
         "  tlstm[PINS]       fields of both launch plans, as in TLSTM_PLAN",
     ]
     return "\n".join(lines)
