@@ -165,7 +165,7 @@ def test_a_wrong_provider_of_ours_is_an_exit_code(tmp_path):
         (
             "decode",
             {"providers": ("haste",)},
-            r"expected one of tlstm, torch, torch-graph in decode mode; received 'haste'",
+            r"expected one of tlstm, tlstm:kernel, .* in decode mode; received 'haste'",
         ),
         ("nonsense", {}, r"received 'nonsense'"),
     ],
@@ -196,9 +196,13 @@ def test_decode_mode_counts_tokens(tmp_path, monkeypatch):
     w = Workload(T=6, B=2, H=9, I=9, vocab=11)
     monkeypatch.setitem(SETS, "tiny-decode", WorkloadSet("tiny-decode", "", (w,), decode=True))
     table = run_set("tiny-decode", settings(), tmp_path)
-    ours, torchs, graph = table.rows
-    for row in (ours, torchs):
+    rows = {row["provider"]: row for row in table.rows}
+    assert {name for name, row in rows.items() if row["status"] == "unavailable"} == {
+        "tlstm:kernel", "tlstm:graph", "torch-graph",
+    }  # fmt: skip
+    for row in (rows["tlstm"], rows["tlstm:lean"], rows["tlstm:loop"], rows["torch"]):
         assert row["status"] == "ok"
         assert float(row["tokens_per_s"]) == pytest.approx(1e3 * 2 * 6 / float(row["ms_p50"]), rel=1e-4)
         assert row["input_ms"] == ""
-    assert graph["status"] == "unavailable"
+    assert rows["tlstm:loop"]["plan"].startswith("loop")
+    assert rows["tlstm:lean"]["plan"].startswith("lean")

@@ -126,7 +126,7 @@ def test_decoders_write_the_best_tokens_and_others_are_refused():
     workload = Workload(T=9, B=3, H=13, I=7, layers=2, vocab=17)
     problem = DecodeProblem(workload, "float32", "cpu")
     truth, providers = DecodeTruth(problem), decode_registry()
-    right = {name: providers[name].build(problem) for name in ("tlstm", "torch")}
+    right = {name: providers[name].build(problem) for name in ("tlstm", "tlstm:lean", "tlstm:loop", "torch")}
     assert torch.equal(right["tlstm"].run(problem.xs[0]), right["torch"].run(problem.xs[0]))
     assert all(truth.check(built).share <= 1 for built in right.values())
 

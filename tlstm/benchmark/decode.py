@@ -7,6 +7,8 @@ there but for a difference that rounding explains, so that ties of low precision
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,27 +90,34 @@ class DecodeTruth:
         return Verdict(behind / allowed, "tokens")
 
 
-def _tlstm(problem: Problem) -> Built:
-    from tlstm.config import LSTMConfig
-    from tlstm.models.causal_lm import LSTMForCausalLM
+def _tlstm(decoder: str) -> Callable[[Problem], Built]:
+    """`generate` with the decoder of that name; with "auto" it is not named, as earlier versions have no choice."""
+    options: dict[str, Any] = {} if decoder == "auto" else {"decoder": decoder}
 
-    assert isinstance(problem, DecodeProblem)
-    w, decoder = problem.workload, problem.decoder
-    config = LSTMConfig(vocab_size=w.vocab, hidden_size=w.H, num_layers=w.layers, embedding_size=w.I)
-    model = LSTMForCausalLM(config).to(problem.dtype).to(problem.device).eval()
-    with torch.no_grad():
-        model.model.embedding.weight.copy_(decoder.embedding.weight)
-        model.lm_head.load_state_dict(decoder.head.state_dict())
-        for n, layer in enumerate(model.model.layers):
-            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-                getattr(layer, f"{kind}_l0").copy_(getattr(decoder.lstm, f"{kind}_l{n}"))
+    def build(problem: Problem) -> Built:
+        from tlstm.config import LSTMConfig
+        from tlstm.models.causal_lm import LSTMForCausalLM
 
-    def run(prompt: Tensor) -> Tensor:
-        ids = model.generate(prompt, do_sample=False, max_new_tokens=w.T)
-        assert isinstance(ids, Tensor)
-        return ids[:, 1:]
+        assert isinstance(problem, DecodeProblem)
+        w, weights = problem.workload, problem.decoder
+        config = LSTMConfig(vocab_size=w.vocab, hidden_size=w.H, num_layers=w.layers, embedding_size=w.I)
+        model = LSTMForCausalLM(config).to(problem.dtype).to(problem.device).eval()
+        with torch.no_grad():
+            model.model.embedding.weight.copy_(weights.embedding.weight)
+            model.lm_head.load_state_dict(weights.head.state_dict())
+            for n, layer in enumerate(model.model.layers):
+                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                    getattr(layer, f"{kind}_l0").copy_(getattr(weights.lstm, f"{kind}_l{n}"))
 
-    return Built(run, {})
+        def generate(prompt: Tensor, **more: Any) -> Any:
+            return model.generate(prompt, do_sample=False, max_new_tokens=w.T, **options, **more)
+
+        def plan() -> str:
+            return str(generate(problem.xs[0], return_dict_in_generate=True).decoder)
+
+        return Built(lambda prompt: generate(prompt)[:, 1:], {}, plan=plan)
+
+    return build
 
 
 def _torch(problem: Problem) -> Built:
@@ -166,16 +175,19 @@ def _torch_graph(problem: Problem) -> Built:
     return Built(run, {}, keep_alive=[graph])
 
 
+def _only_on(kind: str) -> Callable[[Problem], str | None]:
+    return lambda problem: None if problem.device.type == kind else f"it runs on {kind} only"
+
+
 def decode_registry() -> dict[str, Provider]:
-    """The providers of decode mode."""
+    """The providers of decode mode: `generate` with the decoder that it chooses and with each by name, and torch's."""
     providers = (
-        Provider("tlstm", "LSTMForCausalLM.generate", lambda p: None, _tlstm),
+        Provider("tlstm", "LSTMForCausalLM.generate", lambda p: None, _tlstm("auto")),
+        Provider("tlstm:kernel", "the loop in one GPU kernel", _only_on("cuda"), _tlstm("kernel")),
+        Provider("tlstm:graph", "a step in a CUDA graph", _only_on("cuda"), _tlstm("graph")),
+        Provider("tlstm:lean", "a lean step on a CPU", _only_on("cpu"), _tlstm("lean")),
+        Provider("tlstm:loop", "a call of the model for every token", lambda p: None, _tlstm("loop")),
         Provider("torch", "a loop over torch.nn.LSTM", lambda p: None, _torch),
-        Provider(
-            "torch-graph",
-            "the loop's step in a CUDA graph",
-            lambda p: "CUDA graphs need a GPU" if p.device.type != "cuda" else None,
-            _torch_graph,
-        ),
+        Provider("torch-graph", "that loop's step in a CUDA graph", _only_on("cuda"), _torch_graph),
     )
     return {p.name: p for p in providers}

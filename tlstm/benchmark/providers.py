@@ -124,7 +124,7 @@ def _tlstm(name: str) -> Provider:
 
 
 def _build_tlstm(
-    problem: Problem, backend: str, pins: dict[str, dict[str, int | str]], options: dict[str, bool]
+    problem: Problem, backend: str, pins: dict[str, dict[str, int | str]], options: dict[str, Any]
 ) -> Built:
     from tlstm.layer import LSTM
 
