@@ -28,9 +28,13 @@ card gets the truth about it from one command, which checks every provider again
 python -m benchmarks.run --all    # tables, plots, ratios, times the measured floor
 tlstm bench                       # the short version, also from an installed package
 ```"""
-CPU_NOTE = """Sizes shrunk (steps / 16, batch / 4, widths / 8; `layer` is not), `float32`. This says nothing about a
-GPU. On a CPU `tlstm` *is* `torch.nn.LSTM` behind argument checks, so 1.00 is what to expect, less where calls are tiny;
-`reference` is the equations, not a fast path."""
+LEGEND = (
+    """How many times as fast `tlstm` is as `torch.nn.LSTM` in the same run: geometric mean over the set (lowest)."""
+)
+CPU_NOTE = """This says nothing about a GPU: sizes are shrunk (steps / 16, batch / 4, widths / 8; those of `layer` are not),
+and on a CPU `tlstm` *is* `torch.nn.LSTM` behind argument checks, so 1.00 is what to expect, and less where calls are
+tiny. `decode` compares `generate` with a plain loop."""
+MODES = ("forward", "backward", "train", "decode")
 Tables = dict[tuple[str, str], tuple[dict[str, Any], list[Row]]]
 
 
@@ -44,7 +48,8 @@ def section(tables: Tables, root: Path = ROOT) -> str:
 
 
 def _gpu_part(gpu: str, tables: Tables, root: Path) -> str:
-    lines = [f"### {gpu}", "", *_table(gpu, tables, root)]
+    note = "`floors`: times the measured floor."
+    lines = [f"### {gpu}", "", LEGEND, note, "", *_table(gpu, tables, root)]
     missing = [name for name in REPORTED if (gpu, name) not in tables]
     if missing:
         lines += ["", f"Not measured there yet: {', '.join(missing)}."]
@@ -57,6 +62,7 @@ def _cpu_part(tables: Tables, root: Path) -> str:
     lines = [
         f"### On a CPU ({about['cpu']}, {_threads(about)}, torch {about['torch']})",
         "",
+        LEGEND,
         CPU_NOTE,
         "",
         *_table("cpu", tables, root, names=(*REPORTED, "layer")),
@@ -65,9 +71,10 @@ def _cpu_part(tables: Tables, root: Path) -> str:
 
 
 def _table(machine: str, tables: Tables, root: Path, names: tuple[str, ...] | list[str] = REPORTED) -> list[str]:
+    """A row for each set and dtype: tlstm over torch.nn.LSTM, geometric mean and lowest."""
     lines = [
-        "| set | mode, dtype | provider | times as fast as torch: mean (lowest) | times the floor | plot |",
-        "|---|---|---|---|---|---|",
+        "| set | dtype | " + " | ".join(MODES) + " | plot |",
+        "|" + "---|" * (3 + len(MODES)),
     ]
     for name in names:
         if (machine, name) not in tables:
@@ -75,21 +82,20 @@ def _table(machine: str, tables: Tables, root: Path, names: tuple[str, ...] | li
         about, _ = tables[machine, name]
         plot = about["path"].with_name(f"{about['path'].stem}-ratios.svg")
         link = f"[plot]({plot.relative_to(root).as_posix()})" if plot.exists() else ""
-        for entry in about["summary"]:
-            if not entry["provider"].startswith("tlstm") or entry["provider"] == entry.get("baseline"):
-                continue
-            lines.append(
-                f"| {name} | {entry['mode']}, {entry['dtype']} | {entry['provider']} | {_ratio(entry)} | {link} |"
-            )
-            link = ""
+        ours = [entry for entry in about["summary"] if entry["provider"].startswith("tlstm")]
+        for dtype in dict.fromkeys(entry["dtype"] for entry in ours):
+            cells = [_cell([e for e in ours if (e["mode"], e["dtype"]) == (mode, dtype)]) for mode in MODES]
+            lines.append(f"| {name} | {dtype} | {' | '.join(cells)} | {link} |")
     return lines
 
 
-def _ratio(entry: dict[str, Any]) -> str:
-    floor = f"{entry['times_floor']['geometric_mean']:.1f}" if "times_floor" in entry else ""
-    bad = entry["wrong"] + entry["failed"]
-    text = f"{entry['geometric_mean']:.2f} ({entry['lowest']:.2f})" if "geometric_mean" in entry else "no time"
-    return f"{text}{f', {bad} wrong or failed' if bad else ''} | {floor}"
+def _cell(entries: list[dict[str, Any]]) -> str:
+    """What `tlstm` itself reached, and how many workloads any way of ours was wrong or failed in."""
+    own = next((entry for entry in entries if entry["provider"] == "tlstm"), {})
+    parts = [f"{own['geometric_mean']:.2f} ({own['lowest']:.2f})"] if "geometric_mean" in own else []
+    parts += [f"{own['times_floor']['geometric_mean']:.1f} floors"] if "times_floor" in own else []
+    bad = sum(entry["wrong"] + entry["failed"] for entry in entries)
+    return ", ".join(parts + ([f"**{bad} wrong or failed**"] if bad else []))
 
 
 def _threads(about: dict[str, Any]) -> str:
