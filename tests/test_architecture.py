@@ -26,7 +26,7 @@ ROOMS = {
     "files": ["checkpoint"],
     "tokenizer": ["tokenizer"],
     "hub": ["hub", "model_card", "model_card_text"],
-    "pretrained": ["pretrained", "weight_loading"],
+    "pretrained": ["pretrained", "quantization", "weight_loading"],
     "generation": ["generation"],
     "models": ["models"],
     "training": ["training"],

@@ -20,6 +20,7 @@ from tlstm.version import __version__
 CONFIG_NAME = "config.json"
 CONFIG_VERSION = 1
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
 INITIALIZERS = ("uniform", "orthogonal")
 # No real LSTM comes near these; they stop a damaged or hostile config before anything is allocated for it.
 MAX_WIDTH, MAX_LAYERS, MAX_VOCABULARY = 1 << 17, 1 << 10, 1 << 26
@@ -71,6 +72,7 @@ class LSTMConfig(Pushable):
     Tokens and storage:
         bos_token_id, eos_token_id (an id or a list of ids), pad_token_id: special ids, where there are any.
         dtype: the dtype in which the weights are stored, e.g. `"bfloat16"`.
+        quantization: `"int8"` where the matrices are stored as whole numbers (`tlstm.quantization`), else `None`.
         architectures: class names that can load the checkpoint; written by `save_pretrained`.
         extra: keys this version does not know, kept and written back unchanged.
 
@@ -105,6 +107,7 @@ class LSTMConfig(Pushable):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     dtype: str = "float32"
+    quantization: str | None = None
     architectures: list[str] | None = None
     model_type: str = "tlstm"
     config_version: int = CONFIG_VERSION
@@ -249,6 +252,8 @@ class LSTMConfig(Pushable):
         check_number("initializer_range", self.initializer_range, "(0, 1e4]", optional=True)
         check_number("forget_bias", self.forget_bias, "[-1e4, 1e4]")
         check_choice("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, QUANTIZATIONS)
         names = self.architectures
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"architectures: expected a list of class names, got {shown(names)}")

@@ -97,10 +97,11 @@ def description(config: Mapping[str, Any], parameters: int) -> str:
         "the head tied to the embedding" if config.get("tie_word_embeddings") else "",
     ]
     listed = ", ".join(filter(None, extras))
+    stored = f"{config['quantization']} matrices" if config.get("quantization") else config.get("dtype")
     return (
         f"{'A language model' if class_name(config) == 'LSTMForCausalLM' else 'A recurrent network'} of "
         f"{len(widths)} LSTM layer{'s' * (len(widths) > 1)}, {sizes} units wide{', with ' + listed if listed else ''}; "
-        f"vocabulary {config.get('vocab_size'):,}; {parameters:,} parameters, stored in {config.get('dtype')}. "
+        f"vocabulary {config.get('vocab_size'):,}; {parameters:,} parameters, stored in {stored}. "
         "It loads with the library `tlstm`."
     )
 

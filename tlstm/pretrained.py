@@ -18,6 +18,7 @@ from tlstm.checkpoint.files import is_weights_file, save_checkpoint
 from tlstm.config import CONFIG_NAME, LSTMConfig
 from tlstm.hub import checkpoint_folder, push_folder
 from tlstm.model_card import CARD_NAME, card_in, encoded, is_own, make_card, renewed
+from tlstm.quantization import quantized_state
 from tlstm.transformers_shim import AUTO_MAP, SHIM, SHIM_NAME, names_shim
 from tlstm.weight_loading import GENERATION_CONFIG_NAME, check_device, check_dtype, load_model
 
@@ -60,6 +61,15 @@ class PreTrainedModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of scalar parameters; a tied one counts once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def train(self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`. `ValueError` for a quantised model, whose steps training cannot refine."""
+        if mode and self.config.quantization is not None:
+            raise ValueError(
+                f"the model is quantised ({self.config.quantization}) and cannot be trained; train the checkpoint that "
+                "it was made from, and quantise the result"
+            )
+        return super().train(mode)
 
     # ---- loading -----------------------------------------------------------------------------------------------------
 
@@ -238,15 +248,15 @@ class PreTrainedModel(nn.Module):
             )
 
     def _owned_state(self) -> dict[str, Tensor]:
-        """The state dict without the aliases of tied weights."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self._tied_weights}
+        """The state dict as it is stored: without the aliases of tied weights, quantised where the config says so."""
+        state = {name: tensor for name, tensor in self.state_dict().items() if name not in self._tied_weights}
+        return state if self.config.quantization is None else quantized_state(state)
 
     def _companion_files(
         self, tokenizer: SavableTokenizer | None, extra_files: Mapping[str, bytes] | None, transformers_shim: bool
     ) -> dict[str, bytes]:
-        config = dataclasses.replace(
-            self.config, architectures=[type(self).__name__], dtype=str(self.dtype).removeprefix("torch.")
-        )
+        dtype = str(self.dtype).removeprefix("torch.") if self.config.quantization is None else "float32"
+        config = dataclasses.replace(self.config, architectures=[type(self).__name__], dtype=dtype)
         if transformers_shim:
             config.extra = {**config.extra, "auto_map": AUTO_MAP}
         own = {CONFIG_NAME: config.to_json().encode()}

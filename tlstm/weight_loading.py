@@ -22,6 +22,7 @@ from tlstm.checkpoint.files import (
 )
 from tlstm.checkpoint.memory import check_fits
 from tlstm.config import CONFIG_NAME, DTYPES, LSTMConfig
+from tlstm.quantization import DequantizedWeights
 
 if TYPE_CHECKING:
     from tlstm.pretrained import PreTrainedModel
@@ -106,6 +107,8 @@ def load_model(
 
     found_config, generation_values, stored = read_consistently(folder, read)
     with stored:
+        if found_config.quantization is not None:
+            stored = DequantizedWeights(stored)
         model = _on_meta(model_class, found_config, folder)
         _set_generation_config(model, generation_values, folder)
         report = compare(model, stored)

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "continue a text, or make one up, with a trained model",
     "train": "train a model on text files",
     "eval": "measure loss and perplexity of a model on a text",
+    "quantize": "make an int8 checkpoint, a quarter of the size, of a checkpoint",
     "info": "say what a checkpoint is, without loading it",
     "bench": "time LSTM layers beside one another on this machine",
     "push": "send a checkpoint folder to the Hugging Face Hub",

@@ -97,7 +97,9 @@ def count_parameters(headers: Mapping[str, TensorHeader]) -> dict[str, int]:
     `recurrent` counts the part of the LSTM layers that every step reads: `weight_hh` (and `weight_hr`). A tied head has
     its bias only; its matrix is the embedding's.
     """
-    sizes = {name: math.prod(header.shape) for name, header in headers.items()}
+    from tlstm.quantization import is_scale
+
+    sizes = {name: math.prod(header.shape) for name, header in headers.items() if not is_scale(name, headers)}
     counts = {"total": sum(sizes.values())}
     for part, prefix in _PARTS:
         counts[part] = sum(size for name, size in sizes.items() if name.startswith(prefix))

@@ -25,8 +25,8 @@ TOKENIZER_KINDS = ("char", "byte", "bpe")
 END_OF_TEXT = "<eos>"
 # Fields that are no flags: they follow from the tokenizer or from the weights.
 DERIVED_FIELDS = (
-    "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "architectures", "model_type",
-    "config_version", "tlstm_version", "extra",
+    "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "quantization", "architectures",
+    "model_type", "config_version", "tlstm_version", "extra",
 )  # fmt: skip
 _SOURCE_SETTINGS = ("tokenizer", "vocab_size", "eos_token", "init_from")
 

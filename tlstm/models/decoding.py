@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 # Settings that a step honours, or that mean nothing to it. Any other one is unknown here and keeps the plain loop.
 _UNDERSTOOD = {
     "vocab_size", "hidden_size", "num_layers", "layer_sizes", "embedding_size", "proj_size", "output_projection",
-    "residual", "bias", "head_bias", "tie_word_embeddings", "embedding_dropout", "input_dropout", "hidden_dropout",
-    "output_dropout", "weight_dropout", "initializer", "initializer_range", "forget_bias", "bos_token_id",
-    "eos_token_id", "pad_token_id", "dtype", "architectures", "model_type", "config_version", "tlstm_version", "extra",
+    "residual", "bias", "head_bias", "tie_word_embeddings", "recompute", "embedding_dropout", "input_dropout",
+    "hidden_dropout", "output_dropout", "weight_dropout", "initializer", "initializer_range", "forget_bias",
+    "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "quantization", "architectures", "model_type",
+    "config_version", "tlstm_version", "extra",
 }  # fmt: skip
 _BACKENDS = ("auto", "native")
 

@@ -91,6 +91,7 @@ class Trainer:
                 f"model: expected float32 (or float64) weights to train, got {model.dtype}; load it with "
                 "dtype=torch.float32 and set autocast='bf16' in the training config"
             )
+        model.train()  # a quantised model refuses
         if self.config.autocast == "fp16" and self.world.device.type != "cuda":
             raise ValueError("autocast: 'fp16' needs a CUDA device; use 'bf16' or no autocast on this one")
         if self.config.sample_every and tokenizer is None:
