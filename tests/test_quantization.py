@@ -111,7 +111,7 @@ def _set(name, change):
     ("change", "message"),
     [
         (_drop("lm_head.weight_scale"), "expected the scales of 'lm_head.weight' as 'lm_head.weight_scale'.*got none"),
-        (_set("lm_head.weight_scale", lambda s: s[1:].clone()), r"of shape \(13,\), got torch.float32 of shape \(12,\)"),
+        (_set("lm_head.weight_scale", lambda s: s[1:].clone()), r"\(13,\), got torch.float32 of shape \(12,\)"),
         (_set("lm_head.weight_scale", lambda s: s.half()), "got torch.float16"),
         (_set("lm_head.weight", lambda q: q.float()), "'lm_head.weight' is stored as torch.float32"),
         (_set("lm_head.weight_scale", lambda s: s * torch.nan), "are not all positive numbers"),

@@ -1,9 +1,9 @@
 """int8 weights: every matrix as whole numbers from -127 to 127 with one float32 scale per row. A quarter of the size.
 
-`w[r, c] = q[r, c] * scale[r]`, with `scale[r] = max |w[r]| / 127`, the absmax rule. Only what is stored is narrow: it is
-multiplied out when a checkpoint is loaded, and every way to compute works on it as on other weights. Scales are rounded
-up to 16 significant bits, so that the products are exact in float32: a model that is loaded and saved again gives the
-same file, and what was rounded once is never rounded further.
+`w[r, c] = q[r, c] * scale[r]`, with `scale[r] = max |w[r]| / 127`, the absmax rule. Only what is stored is narrow: it
+is multiplied out when a checkpoint is loaded, and every way to compute works on it as on other weights. Scales are
+rounded up to 16 significant bits, so that the products are exact in float32: a model that is loaded and saved again
+gives the same file, and what was rounded once is never rounded further.
 
 torch has a product with int8 weights on the CPU (`torch._weight_int8pack_mm`). It is not used: with float32 activations
 it is slower than the float32 product, and with bfloat16 ones, where it is faster, their rounding changes the tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -242,6 +243,27 @@ def check_counts(tokens: torch.Tensor, expected: np.ndarray) -> None:
         assert stats.chisquare(observed, counts * observed.sum() / counts.sum()).pvalue > 1e-3
 
 
+DRAWS = 100_000
+
+
+class _Drawn:
+    """Noise that was drawn once, for every setting: half of it over positions, half over seeds."""
+
+    def __init__(self) -> None:
+        half = DRAWS // 2
+        by_position = GumbelNoise([11] * half, [0] * half, list(range(half)), V)
+        by_seed = GumbelNoise(list(range(half)), [1] * half, [77] * half, V)
+        self._noise = torch.cat([by_position.next(), by_seed.next()])
+
+    def next(self) -> torch.Tensor:
+        return self._noise
+
+
+@pytest.fixture(scope="module")
+def drawn() -> _Drawn:
+    return _Drawn()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -256,17 +278,48 @@ def check_counts(tokens: torch.Tensor, expected: np.ndarray) -> None:
     ],
     ids=str,
 )
-def test_drawn_tokens_follow_the_reference_distribution(settings) -> None:
+def test_drawn_tokens_follow_the_reference_distribution(settings, drawn) -> None:
     config = GenerationConfig(do_sample=True, **settings)
-    draws = 20_000
     logits = random_logits(rows=1, seed=3, scale=1.5)
     expected = reference_distribution(logits[0].numpy(), config)
-    filtered = LogitsProcessor(config)(logits, torch.zeros(1, 1, dtype=torch.int64), None, 0).expand(draws, V)
-    half = draws // 2
-    by_position = GumbelNoise([11] * half, [0] * half, list(range(half)), V)
-    by_seed = GumbelNoise(list(range(half)), [1] * half, [77] * half, V)
-    tokens = torch.cat([draw(filtered[:half], by_position), draw(filtered[:half], by_seed)])
-    check_counts(tokens, expected)
+    filtered = LogitsProcessor(config)(logits, None, None, 0)
+    check_counts(draw(filtered.expand(DRAWS, V), drawn), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.6},
+        {"repetition_penalty": 0.7},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[3], [4, 9], [5, 8]]},
+        {"suppress_tokens": [0, 7, 64]},
+        {"min_new_tokens": 2, "eos_token_id": [20, 21]},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "suppress_tokens": [9], "temperature": 1.3, "top_k": 30},
+    ],
+    ids=str,
+)
+def test_drawn_tokens_follow_the_penalties(settings, drawn) -> None:
+    """Against the definitions, token by token, for a text that has one new token."""
+    config = GenerationConfig(do_sample=True, **settings)
+    logits = random_logits(rows=1, seed=3, scale=1.5)
+    text = [4, 8, 4, 11, 5, 30, 12, 30, 4]
+    penalised = logits[0].double().numpy()
+    for token in range(V):
+        if token in text:
+            penalty = config.repetition_penalty
+            penalised[token] *= penalty if penalised[token] < 0 else 1 / penalty
+        longer = [*text, token]
+        pairs = list(itertools.pairwise(longer))
+        repeats = config.no_repeat_ngram_size == 2 and pairs[-1] in pairs[:-1]
+        bad = any(longer[-len(word) :] == word for word in config.bad_words_ids or [])
+        early = config.min_new_tokens > 1 and token in config.eos_ids
+        if repeats or bad or early or token in (config.suppress_tokens or []):
+            penalised[token] = -np.inf
+    expected = reference_distribution(penalised, config)
+    history = TokenHistory([torch.tensor(text)], vocab_size=V)
+    filtered = LogitsProcessor(config)(logits, history.tokens(), history.seen, 1)
+    check_counts(draw(filtered.expand(DRAWS, V), drawn), expected)
 
 
 def test_large_vocabularies_draw_the_same_tokens_from_few_survivors() -> None:
