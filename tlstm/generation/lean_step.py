@@ -74,16 +74,26 @@ class LeanStep:
     def _load(self, recurrent: LSTMState) -> None:
         """Make buffers for as many rows as `recurrent` holds, and the calls upon them; they change its tensors."""
         weights, B, dtype = self._weights, recurrent.batch_size, recurrent.dtype
-        self._recurrent, self._calls = recurrent, []
+        layers = weights.layers[1:] if self._has_gates else weights.layers
+        biases = [(layer.bias, len(layer.w_ih)) for layer in layers]
+        if weights.projection is not None:
+            biases.append((weights.projection[1], len(weights.projection[0])))
+        biases.append((weights.head_bias, len(weights.head)))
+        # All that products are added to lies in one block, so that one call puts the biases there, while code and data
+        # are warm: right after a product it would cost several times as much for each of them.
+        filled = [torch.zeros(B, size, dtype=dtype) if b is None else b.expand(B, size) for b, size in biases]
+        start = torch.cat([part.flatten() for part in filled])
+        block = torch.empty_like(start)
+        sums = [part.view(B, -1) for part in block.split([part.numel() for part in filled])]
+
+        self._recurrent, self._calls = recurrent, [partial(block.copy_, start)]
         self._looked_up = x = torch.empty(B, self._table.shape[1], dtype=dtype)
         for index, (layer, h, c) in enumerate(zip(weights.layers, recurrent.h, recurrent.c, strict=True)):
             gates = x
             if index > 0 or not self._has_gates:
-                gates = torch.empty(B, len(layer.w_ih), dtype=dtype)
-                self._calls.append(partial(torch.mm, x, layer.w_ih.t(), out=gates))
+                gates = sums.pop(0)
+                self._calls.append(partial(gates.addmm_, x, layer.w_ih.t()))
             self._calls.append(partial(gates.addmm_, h, layer.w_hh.t()))
-            if layer.bias is not None and gates is not x:
-                self._calls.append(partial(torch.add, gates, layer.bias, out=gates))
             self._calls += _cell(gates, layer, h, c)
             if layer.residual:
                 output = torch.empty_like(h)
@@ -91,21 +101,10 @@ class LeanStep:
                 x = output
             else:
                 x = h
-        if weights.projection is not None:
-            x = self._linear(x, *weights.projection)
-        self._logits = self._linear(x, weights.head, weights.head_bias)
-
-    def _linear(
-        self,
-        x: Tensor,  # (B, I)
-        matrix: Tensor,  # (O, I)
-        bias: Tensor | None,  # (O,)
-    ) -> Tensor:  # (B, O)
-        out = torch.empty(len(x), len(matrix), dtype=x.dtype)
-        self._calls.append(partial(torch.mm, x, matrix.t(), out=out))
-        if bias is not None:  # `addmm` would first copy it into every row
-            self._calls.append(partial(torch.add, out, bias, out=out))
-        return out
+        for matrix in [weights.projection[0], weights.head] if weights.projection is not None else [weights.head]:
+            self._calls.append(partial(sums[0].addmm_, x, matrix.t()))
+            x = sums.pop(0)
+        self._logits = x
 
 
 def _cell(

@@ -163,7 +163,10 @@ def check_some_token(
 ) -> None:
     """Raise `ValueError` unless each row's largest score is finite: -inf means all forbidden, NaN a damaged logit."""
     values = best.tolist()
-    if all(map(math.isfinite, values)):
+    for value in values:
+        if not -math.inf < value < math.inf:
+            break
+    else:
         return
     row = next(i for i, value in enumerate(values) if not math.isfinite(value))
     if values[row] == -math.inf:
