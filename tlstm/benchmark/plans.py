@@ -31,7 +31,7 @@ def plans_of(problem: Problem, pins: Pins) -> dict[str, LaunchPlan]:
     x = torch.empty(1, w.B, w.I, dtype=problem.dtype, device=problem.device)
     c_0 = torch.empty(w.directions, w.B, w.H, device=problem.device)
     with launch_options(pins.get("forward"), pins.get("backward")), problem.precision():
-        return {k: plan_for(k, x, c_0, weights) for k in KERNELS_OF_MODE.get(problem.mode, ("forward",))}
+        return {k: plan_for(k, x, c_0, weights.heads) for k in KERNELS_OF_MODE.get(problem.mode, ("forward",))}
 
 
 def describe_plans(problem: Problem, pins: Pins) -> str:
