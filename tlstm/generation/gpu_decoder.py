@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.gpu_model import choice_of, flags_of, packed_weights, refuse, settings_of, shape_of
-from tlstm.generation.rows import FinishReason, new_token_limits
 from tlstm.generation.prefill import LanguageModel
+from tlstm.generation.rows import FinishReason, new_token_limits
 from tlstm.generation.sampling import check_some_token
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import StopStrings
