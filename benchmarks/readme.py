@@ -28,9 +28,7 @@ card gets the truth about it from one command, which checks every provider again
 python -m benchmarks.run --all    # tables, plots, ratios, times the measured floor
 tlstm bench                       # the short version, also from an installed package
 ```"""
-LEGEND = (
-    """How many times as fast `tlstm` is as `torch.nn.LSTM` in the same run: geometric mean over the set (lowest)."""
-)
+LEGEND = "Times as fast as `torch.nn.LSTM` in the same run: geometric mean over the set (lowest)."
 CPU_NOTE = """This says nothing about a GPU: sizes are shrunk (steps / 16, batch / 4, widths / 8; those of `layer` are
 not), and on a CPU `tlstm` *is* `torch.nn.LSTM` behind argument checks, so 1.00 is what to expect, and less where calls
 are tiny. `decode` compares `generate` with a plain loop."""

@@ -130,6 +130,20 @@ def test_an_installed_wheel_generates_from_the_shipped_checkpoint(wheel, tmp_pat
     assert len(done.stdout) == len("ROMEO:") + 20 + len("\n")
 
 
+def test_an_installed_wheel_measures_without_the_benchmarks_folder(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    command = ["bench", "--device", "cpu", "--set", "speech", "--mode", "forward", "--seconds", "0.001", "--out", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tlstm", *command],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "us/step" in done.stdout
+    (table,) = (tmp_path / "out").glob("*.csv")
+    assert table.name == f"speech-v{tlstm.__version__}.csv"  # no commit: this is no clone
+
+
 def test_the_pinned_torch_is_one_that_the_project_accepts():
     (pin,) = [line for line in (ROOT / "constraints-cpu.txt").read_text().splitlines() if not line.startswith("#")]
     name, _, version = pin.partition("==")
