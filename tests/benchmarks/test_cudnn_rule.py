@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tlstm.benchmark.cudnn_rule import PERSISTENT, PERSISTENT_SMALL, STANDARD, select_algorithm
+from tlstm.benchmark.runner import _algorithm
+from tlstm.benchmark.workload import Workload
 
 CALL = {"T": 512, "B": 16, "I": 768, "H": 768, "dtype": "float16"}  # meets every condition of the persistent kernel
 
@@ -69,3 +74,24 @@ def test_a_volta_wants_certain_batches_and_long_sequences():
     assert algorithm(**volta, B=24) == STANDARD
     assert algorithm(**volta, T=9) == STANDARD
     assert algorithm(**volta, T=20, B=128) == STANDARD
+
+
+class OnH200:
+    """As much of a problem on a GPU as the rule needs."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, mode: str, dtype: str, H: int) -> None:
+        self.mode, self.dtype_name, self.workload = mode, dtype, Workload(T=512, B=16, H=H, I=H)
+
+
+def test_a_row_names_the_algorithm_of_what_it_timed(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    )
+    found = {mode: _algorithm(OnH200(mode, "float16", 160)) for mode in ("forward", "backward", "train")}
+    assert found["forward"] == "persistent-small"
+    assert found["backward"] == "standard (H=160 is no multiple of 128)"
+    assert found["train"] == f"forward: {found['forward']}; backward: {found['backward']}"
+    assert {_algorithm(OnH200(mode, "float16", 768)) for mode in ("forward", "backward", "train")} == {"persistent"}
+    assert _algorithm(OnH200("train", "bfloat16", 768)) == "standard (bfloat16 is not float16)"

@@ -97,6 +97,28 @@ def test_what_is_granted_follows_the_dtype(tiny):
     assert granted["float32"] < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["tf32", "float32", "bfloat16"])
+def test_the_precision_of_products_is_the_rows_and_cudnn_stays_on(dtype, tiny):
+    def settings() -> tuple:
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        return (
+            cudnn.enabled,
+            cudnn.benchmark,
+            cudnn.deterministic,
+            cudnn.allow_tf32,
+            cuda.allow_tf32,
+            cuda.fp32_precision,
+        )
+
+    before = settings()
+    allowed = dtype == "tf32"
+    with Problem(tiny, "forward", dtype, "cpu").precision():
+        assert settings()[:5] == (*before[:3], allowed, allowed)
+        assert (settings()[5] == "tf32") == allowed  # what the library's own plans go by
+    assert before[0] is True
+    assert settings() == before
+
+
 def test_weights_in_another_layout_are_not_compared_but_the_input_is(tiny):
     problem = Problem(tiny, "train", "float32", "cpu")
     leaf = torch.ones(1, requires_grad=True)

@@ -15,7 +15,7 @@ DTYPES = [torch.float32, *HALF]
 @pytest.fixture(autouse=True)
 def exact_float32():
     """torch's own LSTM uses tf32 in float32 unless told not to; here both are exact."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
@@ -89,7 +89,7 @@ def test_tf32_follows_torchs_setting(allowed):
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
-        with torch.backends.cudnn.flags(allow_tf32=allowed):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
             Problem(Shape(T=33, B=16, I=64, H=256)).check(factor=2.0 if not allowed else 4.0)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -41,6 +41,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         found |= {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "cudnn_enabled": torch.backends.cudnn.enabled,
             "capability": f"{props.major}.{props.minor}",
             "multiprocessors": props.multi_processor_count,
             "memory_bytes": props.total_memory,

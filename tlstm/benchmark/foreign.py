@@ -111,7 +111,7 @@ def _xlstm(problem: Problem) -> Built:
             hidden_size=w.H, num_heads=1, function="lstm", backend="cuda", batch_size=w.B, input_shape="SBGNH",
             output_shape="SBH", enable_automatic_mixed_precision=False, **dtypes,
         )  # fmt: skip
-        cell = cells.sLSTMCell(config).to(problem.device)
+        cell = cells.sLSTMCell(config).to(problem.device).train(problem.mode != "forward")
         with torch.no_grad():
             recurrent = w_hh.view(4, w.H, w.H).permute(2, 0, 1).unsqueeze(0)  # (heads, from, gates, to)
             cell._recurrent_kernel_.copy_(cell._recurrent_kernel_ext2int(recurrent))
@@ -137,6 +137,7 @@ def _torchrl(problem: Problem) -> Built:
         recurrent_compute_dtype=torch.float32, device=problem.device,
     )  # fmt: skip
     module.lstm.load_state_dict(problem.module.state_dict())
+    module.train(problem.mode != "forward")
     state = torch.zeros(w.B, w.T, w.layers, w.H, device=problem.device)
     starts = torch.zeros(w.B, w.T, 1, dtype=torch.bool, device=problem.device)
     if problem.resets is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Problem:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = torch.nn.LSTM(w.I, w.H, **w.options).to(self.dtype).to(self.device)
+        self.module.train(mode != "forward")  # in evaluation cuDNN saves nothing for a backward pass
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.dtype).to(self.device)
@@ -61,14 +63,16 @@ class Problem:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Whether float32 products may be rounded to tf32, for torch's own and for ours, inside the context."""
-        allowed = self.dtype_name == "tf32"
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        # Not `torch.backends.cudnn.flags(allow_tf32=...)`, which also turns cuDNN off unless told otherwise.
+        switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        before = [switch.allow_tf32 for switch in switches]
         try:
-            with torch.backends.cudnn.flags(allow_tf32=allowed):
-                yield
+            for switch in switches:
+                switch.allow_tf32 = self.dtype_name == "tf32"
+            yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            for switch, value in zip(switches, before, strict=True):
+                switch.allow_tf32 = value
 
 
 def run_in_pieces(module: torch.nn.LSTM, x: Tensor, resets: Tensor | None) -> Tensor:

@@ -132,6 +132,7 @@ def _build_tlstm(
     chosen = backend or ("triton" if on_gpu else "auto")
     layer = LSTM(w.I, w.H, **w.options, **options, backend=chosen, dtype=problem.dtype, device=problem.device)
     layer.load_state_dict(problem.module.state_dict())
+    layer.train(problem.mode != "forward")
     resets = {} if problem.resets is None else {"resets": problem.resets}
 
     def run(x: Tensor) -> Tensor:

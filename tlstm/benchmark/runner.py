@@ -208,15 +208,21 @@ def _fill(
 
 
 def _algorithm(problem: Problem) -> str:
+    """cuDNN's algorithm by PyTorch's rule: of the forward pass, which knows no training, and of the backward pass."""
     if problem.device.type != "cuda":
         return ""
     w, props = problem.workload, torch.cuda.get_device_properties(problem.device)
-    selection = select_algorithm(
-        w.T, w.B, w.I, w.H, dtype=problem.dtype_name, layers=w.layers, bidirectional=w.bidirectional,
-        proj_size=w.proj_size, backward=problem.mode != "forward", capability=(props.major, props.minor),
-        multiprocessors=props.multi_processor_count,
+    forward, backward = (
+        select_algorithm(
+            w.T, w.B, w.I, w.H, dtype=problem.dtype_name, layers=w.layers, bidirectional=w.bidirectional,
+            proj_size=w.proj_size, backward=in_backward, capability=(props.major, props.minor),
+            multiprocessors=props.multi_processor_count,
+        )
+        for in_backward in (False, True)
     )  # fmt: skip
-    return str(selection)
+    if problem.mode == "train" and forward != backward:
+        return f"forward: {forward}; backward: {backward}"
+    return str(backward if problem.mode == "backward" else forward)
 
 
 def _clock_mhz(device: torch.device) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from tlstm.benchmark.decode import DecodeProblem, DecodeTruth
 from tlstm.benchmark.results import FAILED, OK, UNAVAILABLE, WRONG
-from tlstm.benchmark.runner import call_of, lookup_for, make_problem
+from tlstm.benchmark.runner import bounded_waits, call_of, lookup_for, make_problem
 from tlstm.benchmark.timing import Call, Clock, warm_up
 from tlstm.benchmark.verification import Truth, WrongResultError
 from tlstm.benchmark.workload import Workload
@@ -45,6 +45,8 @@ class Bench:
         torch.set_num_threads(message.get("threads", 1))
         mode, device = message["mode"], message["device"]
         self.call = self.problem = None
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(torch.device(device))
         try:
             workload = Workload.from_row(message["workload"])
             self.problem = make_problem(workload, mode, message["dtype"], device)
@@ -54,7 +56,8 @@ class Bench:
                 return {"status": UNAVAILABLE, "error": reason}
             built = provider.build(self.problem)
             truth = DecodeTruth(self.problem) if isinstance(self.problem, DecodeProblem) else Truth(self.problem)
-            truth.check(built)
+            with bounded_waits(self.problem):
+                truth.check(built)
             call, self.clock = call_of(built, self.problem), Clock(device)
             with self.problem.precision():
                 seconds = warm_up(call, self.clock, len(self.problem.xs))

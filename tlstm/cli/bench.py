@@ -67,6 +67,8 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: expected a device that torch can use; received {device!r}, and torch sees no GPU.")
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(torch.device(device))  # events and allocations without a device of their own
     if args.threads < 1:
         raise ValueError(f"--threads: expected 1 or more; received {args.threads}.")
     torch.set_num_threads(args.threads)
