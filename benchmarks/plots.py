@@ -68,8 +68,8 @@ def ratio_map(rows: list[Row], about: dict[str, Any]) -> Any:
 
 
 def curves(rows: list[Row], about: dict[str, Any]) -> Any:
-    """Microseconds per step over the size that varies most, a line for each hidden size and provider; memory beside it
-    where the set is a curve."""
+    """Microseconds per step over the size that varies most, a line for each hidden size of ours and of the baseline;
+    where the set is a curve, for every provider, and memory beside it."""
     size = SETS[about["set"]].curve or _varied(rows)
     if size is None:
         return None
@@ -81,7 +81,9 @@ def curves(rows: list[Row], about: dict[str, Any]) -> Any:
     for (name, label), axes in zip(quantities, panels[0], strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            if row[name] in ("", "0"):
+            if row[name] in ("", "0") or not (
+                SETS[about["set"]].curve or row["provider"] in ("tlstm", row["baseline"])
+            ):
                 continue
             fixed = "" if size == "H" else f" H={row['H']}"
             lines.setdefault(f"{row['provider']} {row['mode']} {row['dtype']}{fixed}", []).append(
@@ -90,8 +92,8 @@ def curves(rows: list[Row], about: dict[str, Any]) -> Any:
         for text, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, linewidth=1, label=text)
         axes.set(xscale="log", yscale="log", xlabel=size, ylabel=label)
-        axes.grid(alpha=0.3, which="both", linewidth=0.4)
-        axes.legend(fontsize=5)
+        axes.grid(alpha=0.3, linewidth=0.4)
+        axes.legend(fontsize=5, ncols=1 + len(lines) // 20).set_in_layout(False)
     figure.suptitle(_title(about, f"against {size}"))
     return figure
 

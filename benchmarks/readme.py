@@ -56,12 +56,15 @@ def _gpu_part(gpu: str, tables: Tables, root: Path) -> str:
 
 def _cpu_part(tables: Tables, root: Path) -> str:
     """What says nothing about a GPU: that the harness runs, and what the layer costs over torch's own call."""
-    about = next(each for (machine, _), (each, _) in tables.items() if machine == "cpu")
+    runs = [each for (machine, _), (each, _) in tables.items() if machine == "cpu"]
+    about = max(runs, key=lambda each: each["started"])
+    loads = [each["load"] for each in runs if "load" in each]
+    busy = f" While they ran, {min(loads):.0f} to {max(loads):.0f} processes wanted the machine." if loads else ""
     lines = [
         f"### On a CPU ({about['cpu']}, {_threads(about)}, torch {about['torch']})",
         "",
         LEGEND,
-        CPU_NOTE,
+        CPU_NOTE + busy,
         "",
         *_table("cpu", tables, root, names=(*REPORTED, "layer")),
     ]
