@@ -249,6 +249,8 @@ DRAWS = 100_000
 class _Drawn:
     """Noise that was drawn once, for every setting: half of it over positions, half over seeds."""
 
+    vocab_size = V
+
     def __init__(self) -> None:
         half = DRAWS // 2
         by_position = GumbelNoise([11] * half, [0] * half, list(range(half)), V)

@@ -47,6 +47,7 @@ class LeanStep:
         self._recurrent: LSTMState | None = None
         self._looked_up = self._logits = torch.empty(0)
         self._calls: Calls = []
+        self._is_float32 = True
 
     @property
     def recurrent(self) -> LSTMState:
@@ -69,7 +70,7 @@ class LeanStep:
         torch.index_select(self._table, 0, tokens, out=self._looked_up)
         for call in self._calls:
             call()
-        return self._logits.float()
+        return self._logits if self._is_float32 else self._logits.float()
 
     def _load(self, recurrent: LSTMState) -> None:
         """Make buffers for as many rows as `recurrent` holds, and the calls upon them; they change its tensors."""
@@ -86,7 +87,8 @@ class LeanStep:
         block = torch.empty_like(start)
         sums = [part.view(B, -1) for part in block.split([part.numel() for part in filled])]
 
-        self._recurrent, self._calls = recurrent, [partial(block.copy_, start)]
+        self._recurrent, self._is_float32 = recurrent, dtype == torch.float32
+        self._calls = [partial(block.copy_, start)]
         self._looked_up = x = torch.empty(B, self._table.shape[1], dtype=dtype)
         for index, (layer, h, c) in enumerate(zip(weights.layers, recurrent.h, recurrent.c, strict=True)):
             gates = x

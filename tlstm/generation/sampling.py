@@ -145,7 +145,7 @@ def draw(
 
     The lowest id wins among equals. `ValueError` where a row allows no token.
     """
-    vocab_size = logits.shape[-1]
+    vocab_size = noise.vocab_size
     if vocab_size >= _LARGE_VOCABULARY:
         survivors = int((logits > -math.inf).sum(-1).max())
         if 0 < survivors <= vocab_size // 16:
