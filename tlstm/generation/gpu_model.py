@@ -26,7 +26,8 @@ _KNOWN_SETTINGS = {
     *("vocab_size", "hidden_size", "num_layers", "layer_sizes", "embedding_size", "residual", "bias", "head_bias"),
     *("tie_word_embeddings", "embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout"),
     *("weight_dropout", "initializer", "initializer_range", "forget_bias", "bos_token_id", "eos_token_id"),
-    *("pad_token_id", "dtype", "architectures", "model_type", "config_version", "tlstm_version", "extra"),
+    *("pad_token_id", "dtype", "quantization", "recompute", "architectures", "model_type", "config_version"),
+    *("tlstm_version", "extra"),
 }
 _LARGEST_TABLE = 1 / 8  # of a GPU's memory, for the first layer's input product of every token
 
