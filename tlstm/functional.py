@@ -75,8 +75,10 @@ def lstm(
     hx = zero_state(x, x.size(1), weights, options) if hx is None else hx
     if resets is not None:
         check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
-    check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
-    name, seed = _pick(backend, x, return_cell_states or options.zones_out), seed_tensor(dropout_seed, x.device)
+    if reset_state is not None:
+        check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
+    name = _pick(backend, x, return_cell_states or options.zones_out)
+    seed = None if dropout_seed is None else seed_tensor(dropout_seed, x.device)
     if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
         D, cells = options.num_directions, x.new_zeros(0, x.shape[1], hx[1].shape[-1] * options.num_directions)

@@ -27,11 +27,8 @@ def run_native(
     if options.drops and call.dropout_seed is not None:
         return run_layers(run_native, x, hx, weights, options, call)  # torch's stack draws its masks itself
     weights = _dense(weights, options)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *(call.reset_state or ()), *weights))
-    if options.recompute and needs_grad and not torch.compiler.is_exporting():
-        y, state = _outside_graph(_recomputed, x, hx, weights, options, call)
-    else:
-        y, state = _outside_graph(_run, x, hx, weights, options, call)
+    run = _recomputed if options.recompute and not torch.compiler.is_exporting() else _run
+    y, state = _outside_graph(run, x, hx, weights, options, call)
     return Result(y, state)
 
 
@@ -45,6 +42,8 @@ def _run(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Cal
 
 def _recomputed(x: Tensor, hx: State, weights: Weights, options: LSTMOptions, call: Call) -> tuple[Tensor, State]:
     """Only the inputs are kept; the backward pass runs the layers again first, with the same dropout."""
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *(call.reset_state or ()), *weights))):
+        return _run(x, hx, weights, options, call)
     drops = options.drops
     return checkpoint(_run, x, hx, weights, options, call, use_reentrant=False, preserve_rng_state=drops)
 

@@ -27,9 +27,11 @@ class LSTM(torch.nn.LSTM):
 
     Arguments up to `dtype` are those of `torch.nn.LSTM`, with the same parameter names, initial values and
     `state_dict`. Copying, pickling, `torch.export`, `torch.jit.trace` and parametrizations work as there;
-    `torch.jit.script` does not. With the triton and reference backends a layer is one node of a graph of torch.compile,
-    which however leaves out every torch.nn.LSTM, and so this class: for fullgraph=True set
-    `torch._dynamo.config.allow_rnn = True`, or call `tlstm.functional.lstm`.
+    `torch.jit.script` does not. With the triton and reference backends each layer is one node of torch.compile's graph.
+    That leaves out every torch.nn.LSTM, and so this class, unless told not to: `layer.compile(fullgraph=True)` does so,
+    and a model that contains layers is compiled whole by
+
+        torch._dynamo.config.patch(allow_rnn=True)(torch.compile(model, fullgraph=True))
 
     Args:
         proj_size: as in torch.nn.LSTM. The triton backend runs it with W_hh W_hr in the loop and W_hr after it, which
@@ -109,6 +111,17 @@ class LSTM(torch.nn.LSTM):
         if self.num_heads == 1:
             super().flatten_parameters()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As torch.nn.Module's, with the arguments of torch.compile, and with LSTMs allowed into the graph."""
+        super().compile(*args, **kwargs)
+        self._compiled_call_impl = torch._dynamo.config.patch(allow_rnn=True)(self._compiled_call_impl)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not compiled, as those of other modules."""
+        state: Any = super().__getstate__()
+        state.pop("_compiled_call_impl", None)
+        return state
+
     @property
     def backend(self) -> str:
         """The name of the backend asked for, one of `tlstm.functional.BACKENDS`."""
@@ -174,7 +187,9 @@ class LSTM(torch.nn.LSTM):
             output in the input's form, of width D*P, (h_n, c_n) shaped like hx, and the cell states if asked for.
         """
         self._update_flat_weights()
-        seed = seed_tensor(dropout_seed, self._flat_weights[0].device)  # type: ignore[union-attr]
+        seed = None
+        if dropout_seed is not None:
+            seed = seed_tensor(dropout_seed, self._flat_weights[0].device)  # type: ignore[union-attr]
         weights = self._weights(seed)
         if isinstance(input, PackedSequence):
             refuse_padding_options(lengths, resets, reset_state)
@@ -184,16 +199,21 @@ class LSTM(torch.nn.LSTM):
         x, state, resets, reset_state = padded_arguments(
             input, hx, lengths, resets, reset_state, shapes, size, first, weights[0]
         )
-        y, (h_n, c_n), *cells = lstm(
-            x, state, weights, self._options(), lengths, self._backend, resets, reset_state, seed, return_cell_states
-        )
-        sequences = [y, *(cells[0] if cells else ())]
+        own = (self._options(), lengths, self._backend, resets, reset_state, seed, return_cell_states)
+        result = lstm(x, state, weights, *own)
+        if return_cell_states:
+            cells = tuple(self._as_given(part, input) for part in result[2])
+            return self._as_given(result[0], input), self._unbatched(result[1], input), cells
+        return self._as_given(result[0], input), self._unbatched(result[1], input)
+
+    def _as_given(self, sequence: Tensor, input: Tensor) -> Tensor:
+        """(T, B, N) in the form of the input."""
         if input.dim() == 2:
-            sequences, h_n, c_n = [s.squeeze(1) for s in sequences], h_n.squeeze(1), c_n.squeeze(1)
-        elif self.batch_first:
-            sequences = [s.transpose(0, 1) for s in sequences]
-        y, *layers = sequences
-        return (y, (h_n, c_n), tuple(layers)) if return_cell_states else (y, (h_n, c_n))
+            return sequence.squeeze(1)
+        return sequence.transpose(0, 1) if self.batch_first else sequence
+
+    def _unbatched(self, state: tuple[Tensor, Tensor], input: Tensor) -> tuple[Tensor, Tensor]:
+        return state if input.dim() == 3 else (state[0].squeeze(1), state[1].squeeze(1))
 
     def _forward_packed(
         self,

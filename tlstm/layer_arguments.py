@@ -57,11 +57,12 @@ def padded_arguments(
     if resets is not None:
         check_resets(resets, tuple(input.shape[:2]), "(batch, time)" if batch_first else "(time, batch)")
         resets = resets.transpose(0, 1) if batch_first else resets
-    if isinstance(reset_state, (tuple, list)):
-        reset_state = tuple(
-            s.unsqueeze(1).expand(-1, B, -1) if isinstance(s, Tensor) and s.dim() == 2 else s for s in reset_state
-        )
-    check_reset_state(reset_state, resets, *shapes.of(B), weight)
+    if reset_state is not None:
+        if isinstance(reset_state, (tuple, list)):
+            reset_state = tuple(
+                s.unsqueeze(1).expand(-1, B, -1) if isinstance(s, Tensor) and s.dim() == 2 else s for s in reset_state
+            )
+        check_reset_state(reset_state, resets, *shapes.of(B), weight)
     if hx is None:
         return x, None, resets, reset_state
     check_state(hx, *shapes.of(B if batched else None), weight)
