@@ -10,6 +10,7 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,11 +40,17 @@ def sanitize(device: str) -> None:
     for regime, H in (("single", 13), ("persistent", 40), ("streamed", 40)):
         for dtype, bidirectional in product((torch.float16, torch.float32), (False, True)):
             with launch_options({"regime": regime}, {"regime": regime}):
-                module = LSTM(7, H, bidirectional=bidirectional, dtype=dtype, device=device, backend=backend)
+                options = {"bidirectional": bidirectional, "dtype": dtype, "device": device, "backend": backend}
                 x = torch.randn(4, 5, 7, dtype=dtype, device=device, requires_grad=True)
                 lengths = torch.tensor((4, 0, 2, 1, 3), device=device)
-                for given in (None, lengths):
-                    module(x, lengths=given)[0].sum().backward()
+                resets = torch.rand(4, 5, device=device) < 0.5
+                state = tuple(torch.randn(1 + bidirectional, 5, H, dtype=dtype, device=device) for _ in range(2))
+                calls: list[dict[str, Any]] = [{}, {"lengths": lengths}]
+                calls += [{"resets": resets}, {"lengths": lengths, "resets": resets, "reset_state": state}]
+                for zoneout, call in product(((0.0, 0.0), (0.5, 0.3)), calls):
+                    module = LSTM(7, H, zoneout=zoneout, **options)
+                    module(x, **call)[0].sum().backward()
+                    module.eval()(x, **call)
             print(f"{regime} H={H} {dtype} bidirectional={bidirectional}: done", flush=True)
 
 

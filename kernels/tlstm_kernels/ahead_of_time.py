@@ -18,9 +18,10 @@ from triton.compiler import ASTSource
 
 from .gpu import GPU
 from .kernel_calls import compile_options, constants
-from .launch_plan import LaunchPlan
+from .launch_plan import LaunchPlan, PlanError
 from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
+from .plan_choice import choose_plan
 
 _TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _ZONEOUT = {"zoneout_seed_ptr", "zoneout_h", "zoneout_c", "first_row"}
@@ -67,8 +68,25 @@ def compile_plan(plan: LaunchPlan, gpu: GPU, zoneout: bool = False) -> CompiledF
             signature[name] = "i32"
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
     return figures_of(
-        ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned), gpu, compile_options(plan)
+        ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned),
+        gpu,
+        compile_options(plan, gpu.is_amd),
     )
+
+
+def settled_plan(
+    kernel: str, H: int, B: int, dtype: str, gpu: GPU, precision: str = "ieee"
+) -> tuple[LaunchPlan, CompiledFigures]:
+    """The plan that a GPU settles on with this compiler (`kernel_calls.with_plan`): the best one without spills."""
+    excluded: frozenset[LaunchPlan] = frozenset()
+    while True:
+        plan = choose_plan(kernel, H, B, dtype, gpu, precision=precision, excluded=excluded)
+        if plan.regime == "per_step":
+            raise PlanError(f"every plan of {kernel}, H={H}, B={B}, {dtype} spills registers on {gpu.name}.")
+        figures = compile_plan(plan, gpu)
+        if not figures.spills and figures.shared_memory <= gpu.shared_memory:
+            return plan, figures
+        excluded |= {plan}
 
 
 def figures_of(source: ASTSource, gpu: GPU, options: dict[str, Any]) -> CompiledFigures:

@@ -4,16 +4,19 @@ The memory figures are those of compiled code. The times only rank plans: a tabl
 (`plan_choice.MEASURED`). One step of one program group takes, in microseconds,
 
     hop         the last program's store is seen by the others (L2 round trip); nothing for a single program
-    broadcast   every program reads the group's whole h (backward: the gradients of its gates) from the L2
+    broadcast   every program reads the group's whole h (backward: the gradients of its gates) from the L2; twice, with
+                another trip to the L2, if what was waited for is loaded again
     weights     streamed regime only: the weights are read from the L2, or from memory where they do not fit there
-    shared      the weights' slice and what they are multiplied with are read from shared memory, 128 bytes per clock
+    shared      what is received is stored to shared memory; it and the weights' slice are read from there, 128 bytes
+                per clock: once by an asynchronous matrix instruction, else once by each warp that needs them
     matrix      the chain of matrix instructions along K, each waiting for the one before, or their number; with split_k
-                chains run side by side and are summed
+                chains run side by side and are summed. Asynchronous instructions read while they multiply: only what
+                they take longer than the reading counts
     gates       gate arithmetic and the barriers of one step
 
 The terms follow one another within a step, so they are added. Sources: 0.56 us per hop and 3942 bytes per clock of L2
-are published measurements of an H100, as is the latency of `mma.sync` (33 clocks); the clocks of the gates were counted
-in compiled code.
+are published measurements of an H100, as are the latencies of `mma.sync` (33 clocks) and of a load from the L2 (263);
+the clocks of the gates, and which operands are read how often, were counted in compiled code.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 MATRIX_LATENCY = 33  # clocks from one matrix instruction to the next one that adds to the same accumulator
 ASYNCHRONOUS_LATENCY = 18  # the same for wgmma, whose accumulators follow one another without a wait
+L2_LATENCY = 263  # clocks of a load
 PER_STEP_US = 25.0  # a product and a cell launched from Python for one time step
 
 
@@ -97,10 +101,10 @@ def fits_registers(plan: LaunchPlan, gpu: GPU) -> bool:
     small = plan.rows <= 64 and plan.rows * plan.block_k / threads <= 32 and not (plan.units == 16 and plan.rows > 32)
     if gpu.arch == "sm_100" and plan.units >= 16 and not exact:
         # Results come from a memory of their own there, in tiles of 16 or more.
-        small = small and 16 <= plan.rows <= (16 if plan.regime == "streamed" else 64)
+        small = small and 16 <= plan.rows <= (16 if plan.regime == "streamed" else 64) and plan.block_k <= 256
     if exact:
         small = small and plan.block_k <= 64 and plan.num_warps == 8 and 4 < plan.units <= 32
-    return small and kept <= 40 and unrolled <= 64
+    return small and kept <= (64 if plan.block_k <= 128 else 48) and unrolled <= 64
 
 
 def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
@@ -113,6 +117,8 @@ def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
     read = plan.rows * plan.contraction * size
     alone = plan.programs == 1
     broadcast = 0.0 if alone else gpu.us(max(programs * read / gpu.l2_bytes_per_clock, read / 64))
+    if not plan.keep_tile:
+        broadcast += broadcast + gpu.us(L2_LATENCY)
 
     weight_slice = K * columns * size
     streamed = 0.0
@@ -122,11 +128,36 @@ def step_cost(plan: LaunchPlan, gpu: GPU) -> StepCost:
         if all_weights > gpu.l2_bytes:
             streamed = max(streamed, all_weights / (gpu.memory_gb_per_s * 1e3))
 
-    # Every warp reads the rows' operand; warps that share columns read the weights once each.
-    readers = min(plan.num_warps, max(1, columns // 8))
-    shared = gpu.us((weight_slice + readers * plan.rows * K * size) / 128)
+    of_weights, of_rows = _readers(plan, gpu, columns)
+    shared = gpu.us((of_weights * weight_slice + (1 + of_rows) * plan.rows * K * size) / 128)
+    matrix = _matrix_us(plan, gpu, K, columns)
+    if _is_asynchronous(plan, gpu, columns):
+        matrix = max(0.0, matrix - shared)
+    matrix += gpu.us(60 * plan.chunks)  # each chunk is stored, waited for and multiplied: the barriers of that
     gates = gpu.us(350 + 60 * plan.rows * plan.units / (plan.num_warps * gpu.warp_size))
-    return StepCost(0.1 if alone else gpu.hop_us, broadcast, streamed, shared, _matrix_us(plan, gpu, K, columns), gates)
+    return StepCost(0.1 if alone else gpu.hop_us, broadcast, streamed, shared, matrix, gates)
+
+
+def _is_asynchronous(plan: LaunchPlan, gpu: GPU, columns: int) -> bool:
+    """Whether the products become wgmma or tcgen05, which take 64 rows of weights and read both operands themselves."""
+    exact = plan.dtype == "float32" and plan.precision == "ieee"
+    # 16 rows of the batch: of 8, Triton 3.9 makes wgmma and Triton 3.6 does not.
+    return gpu.arch in ("sm_90", "sm_100") and columns >= 64 and plan.rows >= 16 and plan.split_k == 1 and not exact
+
+
+def _readers(plan: LaunchPlan, gpu: GPU, columns: int) -> tuple[int, int]:
+    """How often the weights' slice and the received rows are read from shared memory for one product."""
+    if _is_asynchronous(plan, gpu, columns):
+        # Each 64 rows of weights meet all of the batch rows. wgmma is the work of four warps: where there are more of
+        # them than weights to share, they share the batch rows and read the same weights.
+        alike = max(1, plan.num_warps // 4 // (columns // 64)) if gpu.arch == "sm_90" else 1
+        return alike, columns // 64
+    # The warps of one part of K share the tile of the result, along the weights as far as those have 16 rows for each.
+    # Beyond the tile they repeat one another.
+    warps = plan.num_warps // plan.split_k
+    along_weights = min(warps, max(1, columns // 16))
+    along_rows = warps // along_weights
+    return along_rows, along_weights * max(1, along_rows // max(1, plan.rows // 8))
 
 
 def _matrix_us(plan: LaunchPlan, gpu: GPU, K: int, columns: int) -> float:
@@ -135,7 +166,5 @@ def _matrix_us(plan: LaunchPlan, gpu: GPU, K: int, columns: int) -> float:
         return gpu.us(multiplies / 128)  # no matrix unit: one multiply-add per lane and clock
     depth = 16 if plan.dtype != "float32" else 8
     rate = gpu.matrix_macs_per_clock / (1 if plan.dtype != "float32" else 2)
-    asynchronous = gpu.arch == "sm_90" and columns >= 64 and plan.rows >= 16  # as Triton 3.6 has it
-    latency = ASYNCHRONOUS_LATENCY if asynchronous else MATRIX_LATENCY
-    rounds = 60 * plan.chunks  # each chunk is stored, waited for and multiplied: the barriers of that
-    return gpu.us(max(multiplies / rate, K / depth / plan.split_k * latency) + 40 * (plan.split_k - 1) + rounds)
+    latency = ASYNCHRONOUS_LATENCY if _is_asynchronous(plan, gpu, columns) else MATRIX_LATENCY
+    return gpu.us(max(multiplies / rate, K / depth / plan.split_k * latency) + 40 * (plan.split_k - 1))

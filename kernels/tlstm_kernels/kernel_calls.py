@@ -22,6 +22,12 @@ from .zoneout import Zoneout
 Result = TypeVar("Result")
 # Plans whose compiled kernel turned out to need more than the GPU has: the estimates they were chosen by were too low.
 _too_large: dict[GPU, frozenset[LaunchPlan]] = {}
+# Plans that this compiler gives too few registers, so that some go to memory at every step: right, but slow.
+_spilling: dict[GPU, frozenset[LaunchPlan]] = {}
+
+
+class _SpillsError(Exception):
+    """A kernel that was launched for the first time spills registers."""
 
 
 class ExchangeError(RuntimeError):
@@ -68,17 +74,29 @@ def plan_for(kernel: str, x: Tensor, c_0: Tensor, heads: int = 1, per_step: bool
     dtype = str(x.dtype).removeprefix("torch.")
     tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision, excluded = "tf32" if tf32 else "ieee", _too_large.get(gpu, frozenset())
-    return choose_plan(kernel, H // heads, B, dtype, gpu, D, precision, pinned, excluded, heads)
+    sizes = (kernel, H // heads, B, dtype, gpu, D, precision, pinned)
+    if not pinned and gpu in _spilling:
+        plan = choose_plan(*sizes, excluded | _spilling[gpu], heads)
+        if plan.regime != "per_step":
+            return plan
+    return choose_plan(*sizes, excluded, heads)
 
 
 def with_plan(
     kernel: str, x: Tensor, c_0: Tensor, weights: DirectionWeights, run: Callable[[LaunchPlan], Result]
 ) -> Result:
-    """`run(plan)` with the best plan that the GPU can run. A kernel that turns out to be too large is not launched."""
+    """`run(plan)` with the best plan that the GPU can run.
+
+    A kernel that turns out to be too large is not launched; one that turns out to spill is launched once, and the next
+    best plan gives this call's results, too.
+    """
     while True:
         plan = plan_for(kernel, x, c_0, weights.heads, per_step=weights.w_hr is not None)
         try:
             return run(plan)
+        except _SpillsError:
+            gpu = gpu_of(x.device.index)
+            _spilling[gpu] = _spilling.get(gpu, frozenset()) | {plan}
         except OutOfResources as error:
             if plan.source == "pinned":
                 raise PlanError(f"plan: the compiled kernel does not fit: {error}. {plan.describe()}") from error
@@ -182,17 +200,21 @@ def constants(plan: LaunchPlan) -> dict[str, Any]:
     return fixed if plan.kernel == "forward" else fixed | {"SPLIT_K": plan.split_k}
 
 
-def compile_options(plan: LaunchPlan) -> dict[str, Any]:
+def compile_options(plan: LaunchPlan, is_amd: bool = False) -> dict[str, Any]:
     """The options of Triton's compiler that a plan fixes. A grid that waits for itself is launched as a whole."""
+    # One program runs on each multiprocessor, so that its threads may have all the registers there are. With 8 warps
+    # NVIDIA's assembler would rather spill a few than pass 128, which allows for a second program; with 4 it does well.
+    registers = {"maxnreg": 255} if plan.num_warps == 8 and not is_amd else {}
     return {
         "num_warps": plan.num_warps,
         "num_stages": 2 if plan.regime == "streamed" else 1,
         "launch_cooperative_grid": plan.programs > 1,
+        **registers,
     }
 
 
 def _launches(plan: LaunchPlan, B: int, D: int, reverse: bool) -> Iterator[Launch]:
-    options = {**constants(plan), **compile_options(plan), "REVERSE": int(reverse)}
+    options = {**constants(plan), **compile_options(plan, torch.version.hip is not None), "REVERSE": int(reverse)}
     options["MAX_SPINS"] = current_options().max_spins
     for rows in plan.batch_slices():
         tiles = -(-len(rows) // plan.rows)
@@ -203,7 +225,7 @@ def _run(
     kernel: Any, plan: LaunchPlan, launch: Launch, errors: Tensor | None, *arguments: Any, **constants: Any
 ) -> None:
     try:
-        kernel[launch.grid](*arguments, **launch.options, **constants)
+        compiled = kernel[launch.grid](*arguments, **launch.options, **constants)
     except RuntimeError as error:
         if "cooperative" not in str(error):
             raise
@@ -213,6 +235,8 @@ def _run(
         ) from error
     if errors is not None:
         _raise_if_stuck(errors, launch, plan)
+    if compiled.n_spills and plan.source == "model" and not any(plan in known for known in _spilling.values()):
+        raise _SpillsError
 
 
 def _exchanged(shape: tuple[int, ...], like: Tensor, plan: LaunchPlan) -> Tensor:

@@ -14,7 +14,7 @@ from tlstm_kernels.gpu import KNOWN_GPUS
 from tlstm_kernels.plan_choice import choose_plan
 
 pytest.importorskip("triton", reason="needs triton's compiler")
-from tlstm_kernels.ahead_of_time import compile_plan
+from tlstm_kernels.ahead_of_time import compile_plan, settled_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled"
 TARGETS = {"A100": "mma.sync", "H100": "mma", "B200": ("mma.sync", "tcgen05"), "MI300X": "mfma"}
@@ -23,8 +23,7 @@ WIDTHS = (64, 128, 256, 512, 650, 768, 1024, 1536, 2048)
 
 def check(name, kernel, H, B, dtype, precision="ieee"):
     gpu = KNOWN_GPUS[name]
-    plan = choose_plan(kernel, H, B, dtype, gpu, precision=precision)
-    figures = compile_plan(plan, gpu)
+    plan, figures = settled_plan(kernel, H, B, dtype, gpu, precision)
     described = f"{plan.describe()} {figures}"
     assert figures.spills == 0, described
     assert figures.registers <= 255, described
@@ -52,6 +51,17 @@ FEW = [
 @pytest.mark.parametrize("case", FEW, ids=lambda case: "-".join(map(str, case)))
 def test_compiled_code(case):
     check(*case)
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: "-".join(map(str, case)))
+def test_the_plan_chosen_first_spills_nothing_and_zoneout_adds_nothing(case):
+    """What is passed over costs a compilation; of the common sizes nothing should be."""
+    name, kernel, H, B, dtype = case
+    gpu = KNOWN_GPUS[name]
+    plan = choose_plan(kernel, H, B, dtype, gpu)
+    figures = compile_plan(plan, gpu, zoneout=True)
+    assert figures.spills == 0, f"{plan.describe()} {figures}"
+    assert figures.shared_memory <= gpu.shared_memory
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ together, lengths, the products outside the recurrence, saved and recomputed gat
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tlstm_kernels import layer_reference
@@ -256,7 +258,7 @@ def test_a_plan_that_does_not_fit_after_all_is_replaced(gpu, monkeypatch):
                 if len(refused) < 2:
                     refused.append((grid, options["BLOCK_K"], options["num_warps"]))
                     raise kernel_calls.OutOfResources(300000, 232448, "shared memory")
-                forward_kernel[grid](*arguments, **options)
+                return forward_kernel[grid](*arguments, **options)
 
             return run
 
@@ -269,6 +271,36 @@ def test_a_plan_that_does_not_fit_after_all_is_replaced(gpu, monkeypatch):
     refused.clear()
     with launch_options(*SMALL), pytest.raises(PlanError, match=r"compiled kernel does not fit.*H=21"):
         launch.forward(*inputs, weights, lengths, "nothing")
+
+
+def test_a_plan_that_spills_is_launched_once_and_then_passed_over(gpu, monkeypatch):
+    """Its results are right, but the next best plan gives those of the call, so that every call has the same bits."""
+    forward_kernel, launched = kernel_calls.persistent_forward_kernel, []
+
+    class Spilling:
+        def __getitem__(self, grid):
+            def run(*arguments, **options):
+                forward_kernel[grid](*arguments, **options)
+                launched.append((grid, options["BLOCK_K"], options["num_warps"], options["KEEP_TILE"]))
+                return SimpleNamespace(n_spills=8 if len(launched) <= spilling else 0)
+
+            return run
+
+    monkeypatch.setattr(kernel_calls, "persistent_forward_kernel", Spilling())
+    monkeypatch.setattr(kernel_calls, "_spilling", {})
+    inputs, weights, lengths, _ = draw(CASES["persistent"])
+    spilling = 2
+    first, second = (launch.forward(*inputs, weights, lengths, "nothing")[0] for _ in range(2))
+    assert len(launched) == 4  # two that spill, the third one, and that again
+    assert len(set(launched)) == 3
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, layer_reference.forward(*inputs, weights, lengths, "nothing")[0])
+    # A plan that was asked for, and the best one where all of them spill, are run as they are.
+    spilling = 10**6
+    with launch_options(*SMALL):
+        launched.clear()
+        launch.forward(*inputs, weights, lengths, "nothing")
+        assert len(launched) == 1
 
 
 def test_a_lost_program_is_reported_instead_of_waited_for(gpu, monkeypatch):

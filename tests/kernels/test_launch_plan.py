@@ -239,7 +239,15 @@ def test_the_model_knows_what_makes_a_step_long():
     plan = choose_plan("forward", 768, 16, "bfloat16", H100, pinned={"regime": "persistent", "units": 8, "rows": 16})
     wider = choose_plan("forward", 768, 16, "bfloat16", H100, pinned={"regime": "persistent", "units": 16, "rows": 16})
     assert step_cost(wider, H100).broadcast < step_cost(plan, H100).broadcast
-    assert step_cost(wider, H100).shared > step_cost(plan, H100).shared
+    # Its 64 rows of weights make wgmma, which reads either operand once; those of twice the units are twice as many.
+    assert step_cost(wider, H100).shared < step_cost(plan, H100).shared
+    widest = choose_plan("forward", 768, 16, "bfloat16", H100, pinned={"regime": "persistent", "units": 32, "rows": 16})
+    assert step_cost(widest, H100).shared > step_cost(wider, H100).shared
+    # 98 KB of weights and 24 KB of h read, and h stored before: 128 bytes per clock.
+    bytes_moved = 64 * 768 * 2 + 2 * 16 * 768 * 2
+    assert step_cost(wider, H100).shared == pytest.approx(H100.us(bytes_moved / 128))
+    again = choose_plan("forward", 768, 16, "bfloat16", H100, pinned={"units": 16, "rows": 16, "keep_tile": 0})
+    assert step_cost(again, H100).broadcast > 2 * step_cost(wider, H100).broadcast
     streamed = choose_plan("forward", 768, 16, "bfloat16", H100, pinned={"regime": "streamed"})
     assert streamed.cost.total > plan.cost.total
     assert streamed.cost.weights > 0 == plan.cost.weights
