@@ -25,7 +25,7 @@ ROOMS = {
     "pushable": ["pushable"],
     "files": ["checkpoint"],
     "tokenizer": ["tokenizer"],
-    "hub": ["hub", "model_card", "model_card_text"],
+    "hub": ["hub", "hub_download", "model_card", "model_card_text"],
     "pretrained": ["pretrained", "quantization", "weight_loading"],
     "generation": ["generation"],
     "models": ["models"],

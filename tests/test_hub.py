@@ -11,9 +11,10 @@ import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import tqdm
 from small_models import assert_same_model, causal_lm
 
-from tlstm import LSTMForCausalLM, Tokenizer
+from tlstm import LSTMForCausalLM, Tokenizer, hub_download
 from tlstm import hub as hub_module
 
 CALLS = ("create_repo", "create_branch", "model_info", "list_repo_files", "hf_hub_download", "create_commit")
@@ -176,7 +177,7 @@ class TestPull:
             calls.append({"repo_id": repo_id, **options})
             return str(tmp_path)
 
-        monkeypatch.setattr(hub_module, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(hub_download, "snapshot_download", snapshot_download)
         model = LSTMForCausalLM.from_pretrained(
             "user/model",
             revision="refs/pr/1",
@@ -190,6 +191,7 @@ class TestPull:
         assert_same_model(model, causal_lm(1))
         (call,) = calls
         wanted = call.pop("allow_patterns")
+        assert issubclass(call.pop("tqdm_class"), tqdm)
         assert call == {
             "repo_id": "user/model", "revision": "refs/pr/1", "cache_dir": str(tmp_path / "cache"), "token": "secret",
             "force_download": True, "local_files_only": True, "library_name": "tlstm",

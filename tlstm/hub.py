@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +14,12 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    constants,
-    snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.errors import HfHubHTTPError
 
 from tlstm.checkpoint.folder_view import CheckpointNotFoundError, is_plain_name
 from tlstm.checkpoint.stored_weights import index_name, weights_name
+from tlstm.hub_download import DownloadError, download_snapshot, limit_waiting
 from tlstm.model_card import (
     CARD_NAME,
     FIGURES_NAME,
@@ -38,13 +33,17 @@ from tlstm.model_card import (
 )
 from tlstm.version import __version__
 
+__all__ = [
+    "DownloadError",
+    "checkpoint_files",
+    "checkpoint_folder",
+    "download_snapshot",
+    "push_files",
+    "push_folder",
+]
+
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", FIGURES_NAME)
 _ATTEMPTS = 3
-_PASSING_STATUS = (429, 500, 502, 503, 504)
-
-
-class DownloadError(OSError):
-    """What a repo delivered is not what it announced."""
 
 
 def checkpoint_folder(
@@ -58,10 +57,12 @@ def checkpoint_folder(
     force_download: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    progress: bool = True,
 ) -> Path:
     """The folder that holds a checkpoint: `name_or_path` itself, or the snapshot of one commit of a Hub repo.
 
-    Of a repo, `files` are fetched; by default the weights of `variant` and everything that belongs to them.
+    Of a repo, `files` are fetched; by default the weights of `variant` and everything that belongs to them. `progress`
+    shows bars meanwhile, where stderr is a terminal.
 
     Raises:
         CheckpointNotFoundError: a path that is no folder. ValueError: a subfolder that leaves it.
@@ -91,6 +92,7 @@ def checkpoint_folder(
         force_download=force_download,
         local_files_only=local_files_only,
         token=token,
+        progress=progress,
         allow_patterns=[prefix + file for file in wanted],
     )
     return snapshot / (subfolder or "")
@@ -100,85 +102,6 @@ def checkpoint_files(variant: str | None = None) -> tuple[str, ...]:
     """Patterns of the names of a checkpoint's files: those of the variant's weights, and all that belongs to them."""
     shards = weights_name(variant).replace(".safetensors", "-*-of-*.safetensors")
     return (*_COMPANIONS, weights_name(variant), index_name(variant), shards)
-
-
-def download_snapshot(repo_id: str, *, cache_dir: str | os.PathLike[str] | None = None, **options: Any) -> Path:
-    """The snapshot of one commit, every newly downloaded file of which has the hash that names it.
-
-    `options` as in `huggingface_hub.snapshot_download`, errors as in `checkpoint_folder`. The client itself checks
-    sizes only, and repeats a request after some failures only; here wrong content is thrown away and fetched again, and
-    so is what a busy server did not give.
-    """
-    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
-    repo = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
-    known = _stamps(repo)
-    for attempt in range(_ATTEMPTS):
-        last = attempt == _ATTEMPTS - 1
-        try:
-            # One call: it resolves the revision to a commit once, and takes every file from that commit.
-            found = snapshot_download(
-                repo_id, cache_dir=str(cache), library_name="tlstm", library_version=__version__, **options
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            _remove_wrong(repo, known)
-            if last or not _may_pass(error):
-                raise
-            time.sleep(2**attempt)
-            continue
-        wrong = _remove_wrong(repo, known)
-        if wrong:
-            continue
-        snapshot = Path(found)
-        if not snapshot.is_dir():  # the client makes it with the first file
-            wanted = ", ".join(options.get("allow_patterns") or ["any file"])
-            raise CheckpointNotFoundError(
-                errno.ENOENT, f"{repo_id}: no checkpoint in its commit {snapshot.name}; expected some of {wanted}"
-            )
-        return snapshot
-    raise DownloadError(
-        f"{repo_id}: the content of {', '.join(wrong)} does not match the hash that the Hub gives for it, "
-        f"{_ATTEMPTS} times in a row; it was not kept. Try again, perhaps over another connection"
-    )
-
-
-def _stamps(repo: Path) -> dict[str, tuple[int, int]]:
-    """The cached contents, which the Hub names by their hash, and what tells whether they were replaced."""
-    blobs = repo / "blobs"
-    if not blobs.is_dir():
-        return {}
-    entries = (entry for entry in os.scandir(blobs) if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", entry.name))
-    return {entry.name: (entry.inode(), entry.stat().st_mtime_ns) for entry in entries}
-
-
-def _remove_wrong(repo: Path, known: dict[str, tuple[int, int]]) -> list[str]:
-    """Check what is in the cache and not `known`, remove what does not match its name, and tell its files' names."""
-    wrong = []
-    for name, stamp in _stamps(repo).items():
-        path = repo / "blobs" / name
-        if known.get(name) != stamp and not _has_hash(path, name):
-            path.unlink()
-            wrong.append(name)
-    if not wrong:
-        return []
-    links = {link for link in (repo / "snapshots").rglob("*") if link.is_symlink() and link.readlink().name in wrong}
-    for link in links:
-        link.unlink()
-    return sorted({"/".join(link.relative_to(repo / "snapshots").parts[1:]) for link in links})
-
-
-def _has_hash(path: Path, name: str) -> bool:
-    """Of 64 digits it is the SHA-256 of a file in LFS, of 40 the id of a git blob."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256() if len(name) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == name
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the server was busy, rather than right."""
-    responses = (getattr(found, "response", None) for found in (error, error.__cause__))
-    return any(response is not None and response.status_code in _PASSING_STATUS for response in responses)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -222,6 +145,7 @@ def push_folder(
     Raises:
         huggingface_hub's errors, among them HfHubHTTPError; the repo then holds what it held before.
     """
+    limit_waiting()
     api = HfApi(token=token, library_name="tlstm", library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):

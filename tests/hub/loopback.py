@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -19,6 +19,8 @@ from urllib.parse import parse_qs, unquote
 from hub.routes import Router
 from hub.store import HubError, Repo
 
+DRIP = 64  # bytes
+PATIENCE = 120.0  # seconds that a test may be stuck before it fails
 TOKENS = {"hf_owner": "user", "hf_stranger": "stranger"}
 
 
@@ -27,7 +29,10 @@ class Fault:
     """What happens to the next `times` requests (`None`: to all) whose "METHOD /path" holds a match of `pattern`.
 
     kind: "status" answers `status`; "cut" closes the connection after half of the body; "short" sends half of the
-    body as if it were all; "wrong" flips every bit of it; "gone" takes the whole server down without an answer.
+    body as if it were all; "wrong" flips every bit of it; "gone" takes the whole server down without an answer;
+    "drip" sends the body in many small pieces; "stall" stops in the middle of it, and "silent" before the answer, until
+    the client gives up; "lost" does what was asked and closes the connection instead of answering; "meet" lets requests
+    pass in pairs, so that two clients are at the same point.
     """
 
     kind: str
@@ -35,6 +40,7 @@ class Fault:
     status: int = 503
     times: int | None = 1
     hits: int = 0
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
 
     def strikes(self, request: str) -> bool:
         if (self.times is not None and self.hits >= self.times) or not re.search(self.pattern, request):
@@ -143,6 +149,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.hub.stop()
             return
+        if fault is not None and fault.kind == "silent":
+            self._wait_for_hangup()
+            return
+        if fault is not None and fault.kind == "meet":
+            fault.barrier.wait(PATIENCE)
         try:
             if fault is not None and fault.kind == "status":
                 raise HubError(fault.status, "injected fault")
@@ -156,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": str(error)}
             headers |= {"X-Error-Code": error.code} if error.code else {}
             headers |= {"X-Repo-Commit": error.commit} if error.commit else {}
+        if fault is not None and fault.kind == "lost":
+            self._hang_up()
+            return
         self._send(status, headers, content, None if fault is None else fault.kind)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
@@ -193,7 +207,22 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        if fault == "drip":
+            for start in range(0, len(content), DRIP):
+                self.wfile.write(content[start : start + DRIP])
+            return
+        self.wfile.write(content[: len(content) // 2] if fault in ("cut", "stall") else content)
+        if fault == "stall":
+            self._wait_for_hangup()
         if fault == "cut":
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _wait_for_hangup(self) -> None:
+        self.close_connection = True
+        self.connection.settimeout(PATIENCE)
+        with contextlib.suppress(OSError):
+            self.connection.recv(1)

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hub.calls import failed_pull, made, pull, push
 from hub.client import Client, ClientError
 from hub.loopback import LoopbackHub
 
-PULL = "result = digest(LSTMForCausalLM.from_pretrained(name, **options))"
 WEIGHTS = r"GET /.*/resolve/\w+/model\.safetensors"
 BUSY = (429, 500, 503)
-
-
-def push(client: Client, name: str, seed: int = 0, **options) -> str:
-    return client.run(
-        "result = causal_lm(seed).push_to_hub(name, **options).oid", name=name, seed=seed, options=options
-    )
-
-
-def pull(client: Client, name: str, **options) -> str:
-    return client.run(PULL, name=name, options=options)
-
-
-def made(client: Client, seed: int) -> str:
-    return client.run("result = digest(causal_lm(seed))", seed=seed)
-
-
-def failed_pull(client: Client, name: str, **options) -> ClientError:
-    with pytest.raises(ClientError) as failure:
-        pull(client, name, **options)
-    return failure.value
 
 
 class TestPull:

@@ -7,30 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from hub.calls import made, pull, push
 from hub.client import Client, ClientError
 from hub.loopback import LoopbackHub
 
-PUSH = "causal_lm(seed).push_to_hub(name, **options)"
-PULL = "result = digest(LSTMForCausalLM.from_pretrained(name, **options))"
-MADE = "result = digest(causal_lm(seed))"
 INITIAL = {".gitattributes"}
 MODEL = {"README.md", "config.json", "generation_config.json"}
 SINGLE = {"model.safetensors"}
 COMMIT = r"POST /api/models/.*/commit/"
-
-
-def push(client: Client, name: str, seed: int = 0, **options) -> str:
-    return client.run(
-        "result = causal_lm(seed).push_to_hub(name, **options).oid", name=name, seed=seed, options=options
-    )
-
-
-def pull(client: Client, name: str, **options) -> str:
-    return client.run(PULL, name=name, options=options)
-
-
-def made(client: Client, seed: int) -> str:
-    return client.run(MADE, seed=seed)
 
 
 def sent(hub: LoopbackHub, pattern: str) -> list[str]:

@@ -64,14 +64,14 @@ class ModelSource:
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
-    def folder(self) -> Path:
+    def folder(self, *, progress: bool = True) -> Path:
         """The folder itself, or the snapshot of one commit of the repo: all that a command reads comes from there."""
         if self.is_local:
             return Path(self.name)
         from tlstm.hub import checkpoint_folder
 
         try:
-            return checkpoint_folder(self.name, revision=self.revision)
+            return checkpoint_folder(self.name, revision=self.revision, progress=progress)
         except Exception as error:  # a mistyped path looks like a repo id
             error.add_note(f"there is no local folder {self.name!r}, so it was looked for on the Hub")
             raise
@@ -120,7 +120,7 @@ def load_model(source: ModelSource, args: argparse.Namespace) -> tuple[LSTMForCa
 
     set_threads(args.threads)
     device = find_device(args.device)
-    folder = source.folder()
+    folder = source.folder(progress=not getattr(args, "quiet", False))
     dtype: Any = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = LSTMForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
     if dtype == "auto" and device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
