@@ -213,3 +213,14 @@ def test_the_command_line_says_it_in_one_line(folder: Path, capsys: pytest.Captu
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert str(folder / "config.json") in err
+
+
+@pytest.mark.parametrize("training", [{"valid": 7}, {"valid": [{"loss": "low"}]}, {"valid": [7]}, {"valid": [{}]}])
+def test_info_tells_the_rest_of_a_model_with_a_strange_training_record(
+    folder: Path, capsys: pytest.CaptureFixture, training: dict
+) -> None:
+    (folder / "training.json").write_text(json.dumps(training))
+    assert main(["info", "--model", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert "training.json does not have the form" in out
+    assert err == ""

@@ -154,6 +154,13 @@ def _training_rows(training: dict[str, Any] | None) -> list[tuple[str, str]]:
     """What is known of the training, most telling first; whatever is not in `training.json` is left out."""
     if training is None:
         return [("training", "not stated")]
+    try:
+        return _training_rows_of(training)
+    except (LookupError, TypeError, ValueError):
+        return [("training", f"{TRAINING_NAME} does not have the form that `tlstm train` gives it")]
+
+
+def _training_rows_of(training: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         f"validation {result['loss']:.4f} nats/token, perplexity {result['perplexity']:.3f} ({result['protocol']})"
         for result in training.get("valid", ())
