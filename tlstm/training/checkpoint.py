@@ -134,9 +134,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; hyper-parameters stay as the optimiser was made."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
+        if tensor.ndim and tensor.shape != parameters[int(index)].shape:
+            raise ValueError(f"optimizer: {name} has shape {tuple(tensor.shape)}, which is not that of its parameter")
         state.setdefault(int(index), {})[key] = tensor
+    kinds = {frozenset(entry) for entry in state.values()} or {frozenset[str]()}
+    if len(kinds) > 1 or ("betas" in optimizer.defaults and "exp_avg" not in next(iter(kinds))):
+        raise ValueError(f"optimizer: its state is incomplete; found {sorted(map(sorted, kinds))}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tlstm.state import LSTMState
 from tlstm.training import checkpoint as files
 from tlstm.training.progress import Progress
+from tlstm.validation import check_int, check_number, shown
 
 if TYPE_CHECKING:
     from tlstm.training.trainer import Trainer
@@ -120,13 +121,18 @@ def restore(trainer: Trainer, path: Path) -> None:
     checkpoint = files.read_checkpoint(path)
     try:
         _restore(trainer, checkpoint.values, checkpoint.tensors, path)
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        what = f"{type(error).__name__}: {str(error)[:300]}"
         raise ValueError(f"{path}: damaged, or written by something else ({what}); resume from another one") from error
 
 
 def _restore(trainer: Trainer, values: dict[str, Any], tensors: dict[str, dict[str, Tensor]], path: Path) -> None:
     _check_same_run(trainer, values, path)
+    _check_counters(values)
     files.fill_parameters(trainer.model, tensors["model"], path)
     files.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
     if trainer.average is not None:
@@ -135,6 +141,8 @@ def _restore(trainer: Trainer, values: dict[str, Any], tensors: dict[str, dict[s
     # Cloned, because a generator takes its state from the start of the storage, whatever row the view shows.
     own = {name: stacked[trainer.world.rank].clone() for name, stacked in tensors["processes"].items()}
     trainer.states = [_state(own, part, trainer.world.device) for part in range(values["parts"])]
+    for state in trainer.states:
+        state.check_widths(trainer.model.config.output_sizes, trainer.model.config.widths)
     trainer.sums.copy_(own["sums"])
     trainer.progress = Progress(**values["progress"])
     trainer.command = values["command"]
@@ -145,6 +153,28 @@ def _restore(trainer: Trainer, values: dict[str, Any], tensors: dict[str, dict[s
     files.set_random_state(own, trainer.world)
     if trainer.world.is_main:
         trainer.log.start(values["log"], step=trainer.progress.step)
+
+
+def _check_counters(values: dict[str, Any]) -> None:
+    """What would otherwise fail later, in the middle of the run."""
+    progress, plateau = Progress(**values["progress"]), values["plateau"]
+    for name in ("step", "tokens"):
+        check_int(name, getattr(progress, name), 0)
+    if progress.step != values["step"]:
+        raise ValueError(f"the progress is that of step {progress.step}, the checkpoint that of {values['step']}")
+    for name in ("best_step", "valid_step"):
+        check_int(name, getattr(progress, name), 0, optional=True)
+    for name, value in (("seconds", progress.seconds), ("scale", plateau["scale"])):
+        check_number(name, value, "[0, inf)")
+    for name, kind in (("train_loss", float), ("valid_loss", float), ("best_loss", float), ("valid_protocol", str)):
+        value = getattr(progress, name)
+        if not isinstance(value, kind | None):  # a loss may be NaN or infinite
+            raise ValueError(f"{name}: expected a {kind.__name__} or null, got {shown(value)}")
+    check_number("best", plateau["best"], "(-inf, inf)", optional=True)
+    check_int("bad", plateau["bad"], 0)
+    check_int("parts", values["parts"], 0)
+    for name, size in values["log"].items():
+        check_int(name, size, 0)
 
 
 def _state(own: dict[str, Tensor], part: int, device: torch.device) -> LSTMState:

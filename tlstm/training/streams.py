@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlstm.validation import check_int
+
 # Merity et al. 2017, section 5: the window's length is N(base, 5) tokens, and base is halved in 5 % of the draws.
 WINDOW_STD = 5.0
 HALF_WINDOW_PROBABILITY = 0.05
@@ -125,7 +127,10 @@ class StreamBatches:
         return {"epoch": self.epoch, "index": self.index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._enter(state["epoch"], state["index"])
+        epoch, index = state["epoch"], state["index"]
+        check_int("epoch", epoch, 0, 2**31)
+        check_int("index", index, 0, len(self.plan(epoch)[1]))
+        self._enter(epoch, index)
 
     @property
     def epochs_done(self) -> float:
