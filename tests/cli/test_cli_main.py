@@ -48,7 +48,7 @@ def test_help_imports_nothing_heavy(environment):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["no command", "generate, train, eval, info"]),
+        ([], ["no command", "generate, train, eval"]),
         (["generrate"], ["unknown command 'generrate'", "did you mean generate?"]),
         (["zzz"], ["unknown command 'zzz'", "expected one of generate, train"]),
         (["--colour"], ["unrecognized arguments: --colour"]),
