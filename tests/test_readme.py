@@ -24,7 +24,7 @@ def test_python_runs_in_order(tmp_path, monkeypatch, capsys):
     for number, snippet in enumerate(SNIPPETS):
         exec(compile(snippet, f"README, snippet {number}", "exec"), scope)
     out = capsys.readouterr().out
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     assert out.startswith("JULIET:\n")
     assert len(out) > 200 + 3 * 80  # one text, then three of the cached prompt
     assert scope["y"].shape == (70, 20, 115)
