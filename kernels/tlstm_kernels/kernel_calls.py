@@ -14,6 +14,7 @@ from .gpu import GPU
 from .launch_options import current_options
 from .launch_plan import LaunchPlan, PlanError
 from .layer_weights import DirectionWeights
+from .layouts import is_batch_first, new_sequence
 from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
 from .plan_choice import choose_plan
@@ -106,7 +107,7 @@ def with_plan(
 
 def forward_kernel(
     plan: LaunchPlan,
-    x_proj: Sequence[Tensor],  # (T, B, 4H) contiguous, of each of D directions
+    x_proj: Sequence[Tensor],  # (T, B, 4H) of each of D directions, in one of the two `layouts`, which y takes too
     w_hh: Sequence[Tensor],  # (4H, H / N) contiguous, of each of D directions
     h_0: Tensor,  # (D, B, H) contiguous
     c_0: Tensor,  # (D, B, H) contiguous
@@ -120,10 +121,14 @@ def forward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y (T, B, D*H), h_n, c_n (D, B, H), gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
     (T, B, _), (D, _, H) = x_proj[0].shape, c_0.shape
-    y = _exchanged((T, B, D * H), x_proj[0], plan)
-    gates = y.new_empty((T, B, D, 4 * H) if keep == "gates" else (0,))
-    cells = y.new_empty((0,) if keep == "nothing" else (T, B, D, H), dtype=torch.float32)
-    h_n, c_n = [], []
+    batch_first = is_batch_first(x_proj[0])
+    y = _exchanged((T, B, D * H), x_proj[0], plan, batch_first)
+    gates, cells = y.new_empty(0), y.new_empty(0, dtype=torch.float32)
+    if keep == "gates":
+        gates = new_sequence(y, (T, B, D, 4 * H), batch_first)
+    if keep != "nothing":
+        cells = new_sequence(y, (T, B, D, H), batch_first, torch.float32)
+    h_n, c_n, strides = [], [], (1, T) if batch_first else (B, 1)
     for launch in _launches(plan, B, D, reverse):
         rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
         states = [state if whole else state[:, rows].contiguous() for state in (h_0, c_0)]
@@ -135,7 +140,7 @@ def forward_kernel(
             _from_row(gates, rows) if keep == "gates" else None, _from_row(cells, rows) if keep != "nothing" else None,
             None if lengths is None else lengths[rows],
             *(_rows_of(tensor, rows, whole) for tensor in (resets, h_reset, c_reset)), errors, T,
-            rows.stop - rows.start, B, 1, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
+            rows.stop - rows.start, *strides, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
         )  # fmt: skip
         h_n.append(outs[0])
         c_n.append(outs[1])
@@ -144,7 +149,7 @@ def forward_kernel(
 
 def backward_kernel(
     plan: LaunchPlan,
-    d_y: Tensor | None,  # (T, B, D*H) contiguous, as are all of these; None is zero
+    d_y: Tensor | None,  # (T, B, D*H); all sequences are in the layout of cells, the rest contiguous; None is zero
     d_h_n: Tensor | None,  # (D, B, H)
     d_c_n: Tensor | None,  # (D, B, H)
     d_cells: Tensor | None,  # (T, B, D, H)
@@ -163,7 +168,9 @@ def backward_kernel(
     d_c_reset (D, B, H).
     """
     T, B, D, H = cells.shape
-    d_gates = _exchanged((T, B, D * 4 * H), gates, plan)
+    batch_first = is_batch_first(cells)
+    strides = (1, T) if batch_first else (B, 1)
+    d_gates = _exchanged((T, B, D * 4 * H), gates, plan, batch_first)
     d_states: list[list[Tensor]] = []
     for launch in _launches(plan, B, D, reverse):
         rows, whole = launch.rows, launch.rows.stop - launch.rows.start == B
@@ -180,7 +187,7 @@ def backward_kernel(
             *_both(w_hh), _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
             _from_row(d_gates, rows), *outs[:2], None if lengths is None else lengths[rows],
             _rows_of(resets, rows, whole), _rows_of(c_reset, rows, whole), *(outs[2:] or (None, None)), errors, T,
-            rows.stop - rows.start, B, 1, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
+            rows.stop - rows.start, *strides, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
             PRE_ACTIVATION=int(pre_activation),
         )  # fmt: skip
         d_states.append(outs)
@@ -239,12 +246,12 @@ def _run(
         raise _SpillsError
 
 
-def _exchanged(shape: tuple[int, ...], like: Tensor, plan: LaunchPlan) -> Tensor:
-    """A tensor that programs exchange: every element is the sentinel, all bits one, until it is written."""
-    if plan.programs == 1:
-        return like.new_empty(shape)
-    bits = torch.int16 if like.element_size() == 2 else torch.int32
-    return like.new_full(shape, -1, dtype=bits).view(like.dtype)
+def _exchanged(shape: tuple[int, ...], like: Tensor, plan: LaunchPlan, batch_first: bool) -> Tensor:
+    """A sequence that programs exchange: every element is the sentinel, all bits one, until it is written."""
+    sequence = new_sequence(like, shape, batch_first)
+    if plan.programs > 1:
+        sequence.view(torch.int16 if like.element_size() == 2 else torch.int32).fill_(-1)
+    return sequence
 
 
 def _zoneout_arguments(zoneout: Zoneout | None, rows: slice) -> tuple[Any, ...]:

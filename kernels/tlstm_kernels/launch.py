@@ -8,6 +8,7 @@ call can be captured in a CUDA graph. What no kernel covers is computed step by 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from . import layer_reference
 from .kernel_calls import backward_kernel, forward_kernel, with_plan
 from .launch_plan import LaunchPlan
 from .layer_weights import DirectionWeights, split_weights
-from .positions import replaced, reset_positions, state_before, valid_positions, zero_padding
+from .layouts import is_batch_first, joined, laid_out, new_sequence, rows_of, sequence_of
+from .positions import replaced, reset_positions, valid_positions, zero_padding
 from .zoneout import Zoneout
 
 
@@ -37,15 +39,19 @@ def forward(
     c_reset: Tensor | None = None,  # (D, B, H)
     zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept."""
+    """Returns y (T, B, D*P), h_n, c_n, gates (T, B, D, 4H) and cells (T, B, D, H); empty where not kept.
 
-    split = split_weights(weights, h_0.shape[0])
+    The sequences lie in memory as x does (`layouts`).
+    """
+    split, batch_first = split_weights(weights, h_0.shape[0]), is_batch_first(x)
 
     def run(plan: LaunchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if plan.regime == "per_step":
             results = layer_reference.forward(x, h_0, c_0, weights, lengths, keep, resets, h_reset, c_reset, zoneout)
-            gates_dtype, cells_dtype = kept_dtypes(x.dtype)
-            return *results[:3], results[3].to(gates_dtype), results[4].to(cells_dtype)
+            y, h_n, c_n, *kept = results
+            gates, cells = (part.to(dtype) for part, dtype in zip(kept, kept_dtypes(x.dtype), strict=True))
+            y, gates, cells = (laid_out(s, batch_first) if s.dim() > 1 else s for s in (y, gates, cells))
+            return y, h_n, c_n, gates, cells
         apart = [
             forward_kernel(
                 plan,
@@ -66,9 +72,9 @@ def forward(
         if len(apart) == 1:
             return apart[0]
         # Directions are the last dimension of y, the first of the states and the third of what is kept.
-        y, h_n, c_n, gates, cells = zip(*apart, strict=True)
-        gates_and_cells = [parts[0] if parts[0].dim() == 1 else torch.cat(parts, 2) for parts in (gates, cells)]
-        return torch.cat(y, -1), torch.cat(h_n), torch.cat(c_n), gates_and_cells[0], gates_and_cells[1]
+        ys, h_ns, c_ns, *kept_apart = zip(*apart, strict=True)
+        kept = [parts[0] if parts[0].dim() == 1 else joined(parts, 2, batch_first) for parts in kept_apart]
+        return joined(ys, 2, batch_first), torch.cat(h_ns), torch.cat(c_ns), kept[0], kept[1]
 
     with torch.no_grad(), torch.cuda.device_of(x):
         return with_plan("forward", x, c_0, split[0], run)
@@ -97,8 +103,7 @@ def backward(
     """Gradients of x (empty if not needed), h_0, c_0, h_reset and c_reset (none if not given), and of the flat weights
     (none if not needed).
     """
-
-    split = split_weights(weights, h_0.shape[0])
+    split, batch_first = split_weights(weights, h_0.shape[0]), is_batch_first(cells)
 
     def run(plan: LaunchPlan) -> list[Tensor]:
         if plan.regime == "per_step":
@@ -108,17 +113,18 @@ def backward(
         ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
         h_before = []
         if need_weights or not gates.numel():
-            h_before = [_h_before(h_0, y, ends, k, resets, h_reset) for k in range(len(split))]
+            h_before = [_h_before(h_0, y, ends, k, resets, h_reset, batch_first) for k in range(len(split))]
+        pre_activations = partial(_pre_activations, laid_out(x, batch_first), h_before, split)
         apart = [
             backward_kernel(
                 plan,
-                None if d_y is None else d_y[..., ks.start * H : ks.stop * H].contiguous(),
+                None if d_y is None else laid_out(d_y[..., ks.start * H : ks.stop * H], batch_first),
                 None if d_h_n is None else d_h_n[ks].contiguous(),
                 None if d_c_n is None else d_c_n[ks].contiguous(),
-                None if d_cells is None else d_cells[:, :, ks].contiguous(),
+                None if d_cells is None else laid_out(d_cells[:, :, ks], batch_first),
                 [w.w_hh.contiguous() for w in split[ks]],
-                gates[:, :, ks].contiguous() if gates.numel() else _pre_activations(x, h_before, split, ks),
-                cells[:, :, ks].contiguous(),
+                laid_out(gates[:, :, ks], batch_first) if gates.numel() else pre_activations(ks),
+                laid_out(cells[:, :, ks], batch_first),
                 c_0[ks].contiguous(),
                 ends,
                 pre_activation=not gates.numel(),
@@ -131,7 +137,8 @@ def backward(
         ]
         d_gates, *d_states = apart[0]
         if len(apart) > 1:
-            d_gates, *d_states = (torch.cat(p, 0 if n else -1) for n, p in enumerate(zip(*apart, strict=True)))
+            d_gates_apart, *states_apart = zip(*apart, strict=True)
+            d_gates, d_states = joined(d_gates_apart, 2, batch_first), [torch.cat(parts) for parts in states_apart]
         d_x = _input_gradient(d_gates, split) if need_x else x.new_empty(0)
         d_weights = _weight_gradients(d_gates, x, h_before, split, ends) if need_weights else []
         return [d_x, *d_states, *d_weights]
@@ -150,7 +157,9 @@ def _input_projection(x: Tensor, split: Sequence[DirectionWeights]) -> Tensor:
     bias = None
     if split[0].b_ih is not None:
         bias = _joined([w.b_ih for w in split]) + _joined([w.b_hh for w in split])
-    return torch.nn.functional.linear(x, _joined([w.w_ih for w in split]), bias).contiguous()
+    batch_first = is_batch_first(x)
+    rows = torch.nn.functional.linear(rows_of(x, batch_first), _joined([w.w_ih for w in split]), bias)
+    return sequence_of(rows, x.shape[0], batch_first)
 
 
 def _pre_activations(
@@ -161,17 +170,18 @@ def _pre_activations(
 ) -> Tensor:
     """(T, B, n, 4H): all gates of all steps before their activation, which need no recurrence once y is known."""
     own = split[directions]
-    gates = _input_projection(x, own)
-    T, B, _ = x.shape
+    gates, batch_first = _input_projection(x, own), is_batch_first(x)
+    all_rows = rows_of(gates, batch_first)
     width = gates.shape[-1] // len(own)
     for n, k in enumerate(range(directions.start, directions.stop)):
-        rows, h, w_hh = gates.view(T * B, -1)[:, n * width : (n + 1) * width], h_before[k].flatten(0, 1), own[n].w_hh
+        rows, w_hh = all_rows[:, n * width : (n + 1) * width], own[n].w_hh
+        h = rows_of(h_before[k], batch_first)
         if own[n].heads == 1:
             rows.addmm_(h, w_hh.T)
         else:
             by_head, h = _by_head(w_hh), h.view(len(h), own[n].heads, -1)
             rows.add_(torch.einsum("rnk,qnuk->rqnu", h, by_head).flatten(1))
-    return gates.view(T, B, len(own), width)
+    return sequence_of(all_rows.unflatten(1, (len(own), width)), x.shape[0], batch_first)
 
 
 def _input_gradient(
@@ -179,12 +189,12 @@ def _input_gradient(
     split: Sequence[DirectionWeights],
 ) -> Tensor:
     """(T, B, I): the sum over the directions."""
-    rows = d_gates.flatten(0, 1)
-    first, *second = rows.chunk(len(split), dim=1)
+    batch_first = is_batch_first(d_gates)
+    first, *second = rows_of(d_gates, batch_first).chunk(len(split), dim=1)
     d_x = first @ split[0].w_ih
     for d in second:
         d_x.addmm_(d, split[1].w_ih)
-    return d_x.view(*d_gates.shape[:2], -1)
+    return sequence_of(d_x, d_gates.shape[0], batch_first)
 
 
 def _weight_gradients(
@@ -194,13 +204,15 @@ def _weight_gradients(
     split: Sequence[DirectionWeights],
     lengths: Tensor | None,
 ) -> list[Tensor]:
-    rows = d_gates.flatten(0, 1)
+    batch_first = is_batch_first(d_gates)
     if lengths is not None:
         # d_gates is zero past a row's length, but zero times what x may hold there need not be.
         x = zero_padding(x, valid_positions(lengths, x.shape[0]))
     gradients: list[Tensor] = []
-    for k, own in enumerate(rows.chunk(len(split), dim=1)):
-        gradients += [own.T @ x.flatten(0, 1), _recurrent_gradient(own, h_before[k].flatten(0, 1), split[k].heads)]
+    x_rows = rows_of(x, batch_first)
+    for k, own in enumerate(rows_of(d_gates, batch_first).chunk(len(split), dim=1)):
+        h_rows = rows_of(h_before[k], batch_first)
+        gradients += [own.T @ x_rows, _recurrent_gradient(own, h_rows, split[k].heads)]
         if split[k].b_ih is not None:
             gradients += [own.sum(0)] * 2
     return gradients
@@ -231,18 +243,23 @@ def _h_before(
     direction: int,
     resets: Tensor | None,  # (T, B)
     h_reset: Tensor | None,  # (D, B, H)
+    batch_first: bool,
 ) -> Tensor:
     """(T, B, H): the h that each step of one direction started from."""
     H, first = h_0.shape[-1], h_0[direction]
     h = y[..., direction * H : (direction + 1) * H]
-    before = state_before(first, h, direction == 1)
+    before = new_sequence(h, h.shape, batch_first)
+    if direction == 0:
+        before[0], before[1:] = first, h[:-1]
+    else:
+        before[-1], before[:-1] = first, h[1:]
     if direction == 1 and lengths is not None:
         # Read from its end, a row starts at its own last step. (A row without steps has no gradient to spoil.)
         before[(lengths - 1).clamp(min=0), torch.arange(h.shape[1], device=h.device)] = first
     reset = reset_positions(resets, valid_positions(lengths, h.shape[0]), direction == 1)
     if reset is None:
         return before
-    return replaced(before, reset, None if h_reset is None else h_reset[direction])
+    return laid_out(replaced(before, reset, None if h_reset is None else h_reset[direction]), batch_first)
 
 
 def _joined(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import layer_reference
 from .launch_options import applied, current_options
 from .layer_reference import or_zeros
+from .layouts import is_batch_first, new_sequence
 from .namespace import NAMESPACE
 from .zoneout import zoneout_of
 
@@ -96,9 +97,14 @@ def _(x, h_0, c_0, weights, lengths, backend, keep, resets, h_reset, c_reset, wi
     D, _, P = h_0.shape
     H = c_0.shape[-1]
     gates_dtype, cells_dtype = _implementation(backend).kept_dtypes(x.dtype)
-    gates = x.new_empty((T, B, D, 4 * H) if keep == "gates" else (0,), dtype=gates_dtype)
-    cells = x.new_empty((0,) if keep == "nothing" else (T, B, D, H), dtype=cells_dtype)
-    return x.new_empty(T, B, D * P), x.new_empty(D, B, P), x.new_empty(D, B, H), gates, cells
+    batch_first = backend == "triton" and is_batch_first(x)
+    gates, cells = x.new_empty(0, dtype=gates_dtype), x.new_empty(0, dtype=cells_dtype)
+    if keep == "gates":
+        gates = new_sequence(x, (T, B, D, 4 * H), batch_first, gates_dtype)
+    if keep != "nothing":
+        cells = new_sequence(x, (T, B, D, H), batch_first, cells_dtype)
+    y = new_sequence(x, (T, B, D * P), batch_first)
+    return y, x.new_empty(D, B, P), x.new_empty(D, B, H), gates, cells
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lstm_layer_backward", mutates_args=())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .layer_weights import DirectionWeights, split_weights
+from .layouts import is_batch_first, joined, rows_of, sequence_of
 from .positions import replaced, reset_positions, valid_positions
 
 # (x, h_0, c_0, weights, lengths, resets, h_reset, c_reset) -> y, h_n, c_n, cells: a layer of P = H.
@@ -55,13 +56,14 @@ def projected_layer(
     nothing = torch.zeros_like(c_0)
     plain = [tensor for k, w in enumerate(split) for tensor in _without_projection(w, k, len(starts)).flat()]
     given_m = None if h_reset is None else nothing
-    x = torch.cat((x, *starts), -1) if starts else x
+    x = joined([x, *starts], 2, is_batch_first(x)) if starts else x
     m, m_n, c_n, cells = run(x, nothing, c_0, plain, lengths, resets, given_m, c_reset)
 
-    w_hr = [w.w_hr for w in split if w.w_hr is not None]
-    y = torch.cat([own @ w.T for own, w in zip(m.chunk(D, -1), w_hr, strict=True)], -1)
     if T == 0:
-        return y, h_0.clone(), c_n, cells
+        return x.new_zeros(0, x.shape[1], D * h_0.shape[-1]), h_0.clone(), c_n, cells
+    w_hr, batch_first = [w.w_hr for w in split if w.w_hr is not None], is_batch_first(m)
+    ys = [rows_of(own, batch_first) @ w.T for own, w in zip(m.chunk(D, -1), w_hr, strict=True)]
+    y = sequence_of(ys[0] if D == 1 else torch.cat(ys, 1), T, batch_first)
     h_n = torch.stack([own @ w.T for own, w in zip(m_n, w_hr, strict=True)])
     if lengths is not None:
         h_n = torch.where((lengths > 0)[:, None], h_n, h_0)
