@@ -8,7 +8,8 @@
 #     sanitizer   compute-sanitizer's memcheck and racecheck, small sizes   -> OUT_DIR/sanitizer_*.log
 #     speed       tlstm beside torch.nn.LSTM: the set `check` of benchmarks.run, most telling shapes first, until the
 #                 time is up; the same command goes on from there           -> OUT_DIR/check-COMMIT.{csv,json,svg}
-#     decode      tokens a second beside torch.nn.LSTM in a CUDA graph      -> OUT_DIR/decode.csv
+#     decode      generation beside torch.nn.LSTM, as a loop and as a CUDA graph: the set `decode`
+#                                                                           -> OUT_DIR/decode-COMMIT.{csv,json,svg}
 # Ends with one line for each part; the exit code is the number of parts that failed. Without a GPU it says so and
 # ends with 0: nothing was found wrong, and nothing was checked.
 set -uo pipefail
@@ -55,8 +56,8 @@ run_speed() {
 }
 
 run_decode() {
-    timeout -k 10 $((SECONDS_OF_A_PART + 10)) "$PYTHON" benchmarks/decode_gpu.py --out "$OUT" \
-        --seconds $((SECONDS_OF_A_PART - 20)) 2>&1 | tee "$OUT/decode.log" | tail -40
+    timeout -k 10 $((SECONDS_OF_A_PART + 60)) "$PYTHON" -m benchmarks.run --set decode --out "$OUT" --device cuda \
+        --dtype bfloat16 --time-limit "$SECONDS_OF_A_PART" 2>&1 | tee "$OUT/decode.log" | tail -40
 }
 
 failures=0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 from typing import TYPE_CHECKING, Any
@@ -11,24 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tlstm.config import LSTMConfig
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.prefill import LanguageModel
+from tlstm.generation.step_weights import StepWeights
 
 if TYPE_CHECKING:
     from tlstm_kernels.decode_launch import ChoiceSettings
     from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
     from tlstm_kernels.decode_weights import PackedWeights
 
-# Settings of a model that the kernel follows, or that change nothing in generation. One that is not among these, and is
-# not at its default, is unknown here.
-_KNOWN_SETTINGS = {
-    *("vocab_size", "hidden_size", "num_layers", "layer_sizes", "embedding_size", "residual", "bias", "head_bias"),
-    *("tie_word_embeddings", "embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout"),
-    *("weight_dropout", "initializer", "initializer_range", "forget_bias", "bos_token_id", "eos_token_id"),
-    *("pad_token_id", "dtype", "quantization", "recompute", "architectures", "model_type", "config_version"),
-    *("tlstm_version", "extra"),
-}
 _LARGEST_TABLE = 1 / 8  # of a GPU's memory, for the first layer's input product of every token
 
 
@@ -46,7 +36,8 @@ def refuse(model: LanguageModel, config: GenerationConfig) -> str | None:
     from tlstm_kernels.kernel_calls import gpu_of
 
     assert device.index is not None
-    table = 4 * model.config.widths[0] * model.config.vocab_size * _weights(model)["lm_head.weight"].element_size()
+    weights = _weights(model)
+    table = len(weights.embedding) * len(weights.layers[0].w_hh) * weights.head.element_size()
     memory = torch.cuda.get_device_properties(device).total_memory
     if table > _LARGEST_TABLE * memory:
         return f"the table of the first layer's input product would take {table >> 20} of {memory >> 20} MiB"
@@ -66,37 +57,40 @@ def _refuse_config(config: GenerationConfig) -> str | None:
 
 
 def _refuse_model(model: LanguageModel) -> str | None:
-    config = model.config
-    for setting in dataclasses.fields(LSTMConfig):
-        if setting.name not in _KNOWN_SETTINGS and getattr(config, setting.name) != setting.default:
-            return f"the decode kernel has no {setting.name}"
-    weights = _weights(model)
-    if weights.keys() != _expected_names(config):
-        other = sorted(weights.keys() ^ _expected_names(config))[0]
-        return f"the decode kernel knows models of embedding, LSTM layers and head; this one differs in {other}"
-    if len({(w.dtype, w.device) for w in weights.values()}) > 1:
+    weights = described(model)
+    if isinstance(weights, str):
+        return weights
+    if weights.projection is not None:
+        return "the decode kernel has no output_projection"
+    if any(layer.w_hr is not None for layer in weights.layers):
+        return "the decode kernel has no proj_size"
+    if len({(w.dtype, w.device) for w in (weights.embedding, *weights.products)}) > 1:
         return "the model's weights are not all of one dtype on one device"
     return None
 
 
-def _weights(model: LanguageModel) -> dict[str, Tensor]:
-    module: Any = model
-    return dict(module.named_parameters(remove_duplicate=False))
+def described(model: LanguageModel) -> StepWeights | str:
+    """What a step of the model computes with, or why nobody can tell."""
+    tell = getattr(model, "step_weights", None)
+    return tell() if callable(tell) else f"{type(model).__name__} does not tell its step_weights()"
 
 
-def _expected_names(config: LSTMConfig) -> set[str]:
-    kinds = ("weight_ih_l0", "weight_hh_l0", *(("bias_ih_l0", "bias_hh_l0") if config.bias else ()))
-    layers = {f"model.layers.{layer}.{kind}" for layer in range(len(config.widths)) for kind in kinds}
-    return layers | {"model.embedding.weight", "lm_head.weight"} | ({"lm_head.bias"} if config.head_bias else set())
+def _weights(model: LanguageModel) -> StepWeights:
+    weights = described(model)
+    assert not isinstance(weights, str), "refuse() said why"
+    return weights
 
 
 def shape_of(model: LanguageModel) -> DecodeShape:
     """The model's sizes."""
     from tlstm_kernels.decode_shape import DecodeShape
 
-    config, dtype = model.config, str(_weights(model)["lm_head.weight"].dtype).removeprefix("torch.")
+    weights = _weights(model)
+    widths = tuple(layer.w_hh.shape[1] for layer in weights.layers)
+    dtype = str(weights.head.dtype).removeprefix("torch.")
     tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return DecodeShape(tuple(config.widths), config.vocab_size, dtype, config.residual, "tf32" if tf32 else "ieee")
+    residual = any(layer.residual for layer in weights.layers)
+    return DecodeShape(widths, len(weights.head), dtype, residual, "tf32" if tf32 else "ieee")
 
 
 def choice_of(config: GenerationConfig) -> Choice:
@@ -144,32 +138,25 @@ def packed_weights(model: LanguageModel, plan: DecodePlan) -> PackedWeights:
     """The model's weights for a plan; packed once and kept as long as the model does not change."""
     from tlstm_kernels.decode_weights import ModelWeights, pack_weights
 
-    weights = _weights(model)
     # Tensors made in inference mode have no version; they cannot be changed in place outside of it either.
-    now = [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights.values()]
+    parameters = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    now = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in parameters]
     before, kept = _packed.get(model, (None, {}))
     if before != now:
         kept = {}
         _packed[model] = now, kept
     way = (plan.programs, plan.units, plan.block_k)
     if way not in kept:
-
-        def of_layers(kind: str) -> list[Tensor]:
-            return [weights[f"model.layers.{layer}.{kind}"].detach() for layer in range(plan.shape.layers)]
-
-        biases: list[Tensor | None] = [None] * plan.shape.layers
-        if model.config.bias:
-            pairs = zip(of_layers("bias_ih_l0"), of_layers("bias_hh_l0"), strict=True)
-            biases = [b_ih + b_hh for b_ih, b_hh in pairs]
-        head_bias = weights.get("lm_head.bias")
+        weights = _weights(model)
+        layers = weights.layers
         kept[way] = pack_weights(
             ModelWeights(
-                weights["model.embedding.weight"].detach(),
-                of_layers("weight_ih_l0"),
-                of_layers("weight_hh_l0"),
-                biases,
-                weights["lm_head.weight"].detach(),
-                None if head_bias is None else head_bias.detach(),
+                weights.embedding,
+                [layer.w_ih for layer in layers],
+                [layer.w_hh for layer in layers],
+                [layer.bias for layer in layers],
+                weights.head,
+                weights.head_bias,
             ),
             plan,
         )
