@@ -150,8 +150,9 @@ def fits_registers(plan: DecodePlan) -> bool:
     words = plan.rows * widest * ITEM_SIZE[plan.shape.dtype] / 4 / threads
     if plan.keep_tile and (words > 32 or plan.rows > 8):
         return False
-    if plan.keep_tile and plan.shape.dtype == "float32" and plan.shape.precision != "tf32":
-        return False  # exact products use no matrix unit, and hold a whole chunk's operands
+    exact = plan.shape.dtype == "float32" and plan.shape.precision != "tf32"
+    if exact and (plan.keep_tile or plan.block_k > 64):
+        return False  # no matrix unit takes these products: a thread holds all operands of a chunk
     states = sum(units * plan.rows for units in plan.units) / threads
     return states <= 8 and plan.block_v * plan.rows / threads <= 16
 
