@@ -11,6 +11,7 @@ source, compiler and plan that is there already is kept.
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import hashlib
 from collections.abc import Iterator
@@ -96,10 +97,11 @@ def describe(plan: DecodePlan, gpu: GPU) -> dict[str, str]:
 
 
 def source_hash() -> str:
-    """Short hash of the kernel's source: figures of another source are old."""
+    """Short hash of the kernel's source without its comments: figures of another source are old."""
     files = ("cell", "exchange", "decode", "decode_exchange", "decode_layers", "decode_sampling")
     folder = ROOT / "kernels" / "tlstm_kernels"
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in files)).hexdigest()[:10]
+    code = "".join(ast.dump(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in files)
+    return hashlib.sha256(code.encode()).hexdigest()[:10]
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:

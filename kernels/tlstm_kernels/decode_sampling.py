@@ -109,7 +109,8 @@ def processed_logits(
     """Logits after penalty, forbidden tokens and temperature."""
     inside = (ids < V)[:, None] & active[None, :]
     if seen_ptr is not None:
-        # Each element is stored and loaded by one and the same thread, so that no barrier is needed between steps.
+        # Only this program stores to and loads from its part, and in a step all its threads meet at barriers (in every
+        # wait), so that the next step sees what this one stored.
         seen_pointers = seen_ptr + rows.to(tl.int64)[None, :] * V + ids[:, None]
         newest = ids[:, None] == token[None, :]
         tl.store(seen_pointers, tl.full((1, 1), 1, tl.int8), mask=newest & inside)
