@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels python benchmarks/compiled_decode.py [--gpu H100 ...]
 
-One CSV, benchmarks/results/compiled/decode.csv: the plan, registers, spilled bytes, shared memory beside the target's
+One CSV, benchmarks/results/compiled_decode.csv: the plan, registers, spilled bytes, shared memory beside the target's
 limit, matrix instructions, tiles of weights held outside the loop over tokens, and the time of one token of
 every stream by the cost model, which nobody measured. Rows are written as they come; a row for the same kernel
 source, compiler and plan that is there already is kept.
@@ -25,7 +25,7 @@ from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
 from tlstm_kernels.gpu import GPU, KNOWN_GPUS
 
 ROOT = Path(__file__).parents[1]
-TABLE = Path(__file__).parent / "results" / "compiled" / "decode.csv"
+TABLE = Path(__file__).parent / "results" / "compiled_decode.csv"
 TARGETS = ("H100", "A100", "B200", "MI300X")
 SAMPLING, FILTERING = Choice(True), Choice(True, True, True, True)
 SHIPPED, LARGE = (448,) * 3, (1024,) * 2

@@ -13,7 +13,7 @@ from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
 from tlstm_kernels.decode_weights import ModelWeights, pack_weights
 from tlstm_kernels.gpu import KNOWN_GPUS
 
-TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled" / "decode.csv"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "compiled_decode.csv"
 GPUS = ("A100", "H100", "B200", "RTX 4090")
 WIDTHS = ((7,), (256,), (448,) * 3, (512, 512), (1024,), (1024, 1024), (1150, 1150, 400))
 
