@@ -52,6 +52,21 @@ class TestPush:
         )
         assert loaded == [True, ids[1]]
 
+    def test_an_int8_model_goes_there_and_back(self, client, name: str) -> None:
+        same = client.run(
+            """
+            from tlstm.quantization import quantize
+
+            model = causal_lm()
+            quantize(model)
+            model.push_to_hub(name)
+            loaded = LSTMForCausalLM.from_pretrained(name)
+            result = [digest(loaded) == digest(model), loaded.config.quantization]
+            """,
+            name=name,
+        )
+        assert same == [True, "int8"]
+
     def test_large_files_travel_in_parts(self, hub, lfs_client: Client, name: str) -> None:
         hub.lfs_suffixes, hub.part_size = (".safetensors",), 1000
         push(lfs_client, name)
