@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune_plans: expected a CUDA GPU; torch sees none. Nothing was measured.", file=sys.stderr)
         return 2
-    from tlstm_kernels.kernel_calls import gpu_of
+    from tlstm_kernels.plan_at_hand import gpu_of
 
     commit = commit_of(Path(__file__).parents[1])
     path = args.out or RESULTS / machine_name(args.device) / f"plans-{commit}.json"

@@ -77,7 +77,7 @@ def compile_plan(plan: LaunchPlan, gpu: GPU, zoneout: bool = False) -> CompiledF
 def settled_plan(
     kernel: str, H: int, B: int, dtype: str, gpu: GPU, precision: str = "ieee"
 ) -> tuple[LaunchPlan, CompiledFigures]:
-    """The plan that a GPU settles on with this compiler (`kernel_calls.with_plan`): the best one without spills."""
+    """The plan that a GPU settles on with this compiler (`plan_at_hand.with_plan`): the best one without spills."""
     excluded: frozenset[LaunchPlan] = frozenset()
     while True:
         plan = choose_plan(kernel, H, B, dtype, gpu, precision=precision, excluded=excluded)

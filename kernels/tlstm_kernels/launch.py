@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import layer_reference
-from .kernel_calls import backward_kernel, forward_kernel, with_plan
+from .kernel_calls import backward_kernel, forward_kernel
 from .launch_plan import LaunchPlan
 from .layer_weights import DirectionWeights, split_weights
 from .layouts import is_batch_first, joined, laid_out, new_sequence, rows_of, sequence_of
+from .plan_at_hand import with_plan
 from .positions import replaced, reset_positions, valid_positions, zero_padding
 from .zoneout import Zoneout
 

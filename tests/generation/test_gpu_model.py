@@ -11,7 +11,7 @@ import torch
 from tlstm.generation.config import GenerationConfig
 
 pytest.importorskip("triton", reason="the decode kernel is written in triton")
-from tlstm_kernels import kernel_calls
+from tlstm_kernels import plan_at_hand
 from tlstm_kernels.decode_shape import Choice
 from tlstm_kernels.gpu import KNOWN_GPUS
 
@@ -32,7 +32,7 @@ class OnGPU:
 def h100(monkeypatch):
     memory = SimpleNamespace(total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    monkeypatch.setattr(kernel_calls, "gpu_of", lambda index: KNOWN_GPUS["H100"])
+    monkeypatch.setattr(plan_at_hand, "gpu_of", lambda index: KNOWN_GPUS["H100"])
     return memory
 
 

@@ -35,7 +35,7 @@ def gpu(monkeypatch):
     pytest.importorskip("greenlet", reason="the interleaved interpreter needs greenlet")
     grids: list[tuple[int, int, int]] = []
     small = replace(KNOWN_GPUS["H100"], name="small", multiprocessors=9)
-    monkeypatch.setattr(kernel_calls, "gpu_of", lambda index: small)
+    monkeypatch.setattr("tlstm_kernels.plan_at_hand.gpu_of", lambda index: small)
     for name in ("persistent_forward_kernel", "persistent_backward_kernel"):
         monkeypatch.setattr(kernel_calls, name, InterpretedKernel(getattr(kernel_calls, name), grids))
     return grids

@@ -16,6 +16,7 @@ from tlstm_kernels.launch_plan import PlanError
 from tlstm_kernels.zoneout import Zoneout
 
 kernel_calls = pytest.importorskip("tlstm_kernels.kernel_calls", reason="needs triton")
+plan_at_hand = pytest.importorskip("tlstm_kernels.plan_at_hand", reason="needs triton")
 pytest.importorskip("greenlet", reason="the interleaved interpreter needs greenlet")
 
 from tlstm_kernels import launch  # noqa: E402
@@ -257,13 +258,13 @@ def test_a_plan_that_does_not_fit_after_all_is_replaced(gpu, monkeypatch):
             def run(*arguments, **options):
                 if len(refused) < 2:
                     refused.append((grid, options["BLOCK_K"], options["num_warps"]))
-                    raise kernel_calls.OutOfResources(300000, 232448, "shared memory")
+                    raise plan_at_hand.OutOfResources(300000, 232448, "shared memory")
                 return forward_kernel[grid](*arguments, **options)
 
             return run
 
     monkeypatch.setattr(kernel_calls, "persistent_forward_kernel", Refusing())
-    monkeypatch.setattr(kernel_calls, "_too_large", {})
+    monkeypatch.setattr(plan_at_hand, "_too_large", {})
     inputs, weights, lengths, _ = draw(CASES["persistent"])
     y, *_ = launch.forward(*inputs, weights, lengths, "nothing")
     assert len(set(refused)) == 2
@@ -287,7 +288,7 @@ def test_a_plan_that_spills_is_launched_once_and_then_passed_over(gpu, monkeypat
             return run
 
     monkeypatch.setattr(kernel_calls, "persistent_forward_kernel", Spilling())
-    monkeypatch.setattr(kernel_calls, "_spilling", {})
+    monkeypatch.setattr(plan_at_hand, "_spilling", {})
     inputs, weights, lengths, _ = draw(CASES["persistent"])
     spilling = 2
     first, second = (launch.forward(*inputs, weights, lengths, "nothing")[0] for _ in range(2))

@@ -21,9 +21,9 @@ def plans_of(problem: Problem, pins: Pins) -> dict[str, LaunchPlan]:
 
     To be asked after a launch: plans that turned out not to fit are known then.
     """
-    from tlstm_kernels.kernel_calls import plan_for
     from tlstm_kernels.launch_options import launch_options
     from tlstm_kernels.layer_weights import split_weights
+    from tlstm_kernels.plan_at_hand import plan_for
 
     w = problem.workload
     first = [tensor for group in problem.weights[: w.directions] for tensor in group]

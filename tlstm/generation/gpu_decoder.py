@@ -235,7 +235,7 @@ def _plan_for(model: LanguageModel, config: GenerationConfig, texts: int) -> Dec
     """The plan for as many texts at once as the GPU takes."""
     from tlstm_kernels.decode_launch import too_large
     from tlstm_kernels.decode_plan import choose_decode_plan
-    from tlstm_kernels.kernel_calls import gpu_of
+    from tlstm_kernels.plan_at_hand import gpu_of
 
     shape, choice = shape_of(model), choice_of(config)
     index: Any = model.device.index

@@ -33,7 +33,7 @@ def refuse(model: LanguageModel, config: GenerationConfig) -> str | None:
     if reason is not None:
         return reason
     from tlstm_kernels.decode_plan import refusal
-    from tlstm_kernels.kernel_calls import gpu_of
+    from tlstm_kernels.plan_at_hand import gpu_of
 
     assert device.index is not None
     weights = _weights(model)
