@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .launch_options import current_options
 from .launch_plan import LaunchPlan, PlanError
-from .layouts import is_batch_first, new_sequence
+from .layouts import batch_rows, from_row, is_batch_first, new_sequence
 from .persistent_backward import persistent_backward_kernel
 from .persistent_forward import persistent_forward_kernel
 from .plan_at_hand import SpillsError, is_known_to_spill
@@ -60,10 +60,10 @@ def forward_kernel(
         errors = _errors(launch, y)
         _run(
             persistent_forward_kernel, plan, launch, errors,
-            *_both([_from_row(part, rows) for part in x_proj]), *_both(w_hh), *states, _from_row(y, rows), *outs,
-            _from_row(gates, rows) if keep == "gates" else None, _from_row(cells, rows) if keep != "nothing" else None,
+            *_both([from_row(part, rows) for part in x_proj]), *_both(w_hh), *states, from_row(y, rows), *outs,
+            from_row(gates, rows) if keep == "gates" else None, from_row(cells, rows) if keep != "nothing" else None,
             None if lengths is None else lengths[rows],
-            *(_rows_of(tensor, rows, whole) for tensor in (resets, h_reset, c_reset)), errors, T,
+            *(batch_rows(tensor, rows, whole) for tensor in (resets, h_reset, c_reset)), errors, T,
             rows.stop - rows.start, *strides, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
         )  # fmt: skip
         h_n.append(outs[0])
@@ -105,12 +105,12 @@ def backward_kernel(
         errors = _errors(launch, c_0)
         _run(
             persistent_backward_kernel, plan, launch, errors,
-            None if d_y is None else _from_row(d_y, rows),
-            *(_rows_of(state, rows, whole) for state in (d_h_n, d_c_n)),
-            None if d_cells is None else _from_row(d_cells, rows),
-            *_both(w_hh), _from_row(gates, rows), _from_row(cells, rows), _rows_of(c_0, rows, whole),
-            _from_row(d_gates, rows), *outs[:2], None if lengths is None else lengths[rows],
-            _rows_of(resets, rows, whole), _rows_of(c_reset, rows, whole), *(outs[2:] or (None, None)), errors, T,
+            None if d_y is None else from_row(d_y, rows),
+            *(batch_rows(state, rows, whole) for state in (d_h_n, d_c_n)),
+            None if d_cells is None else from_row(d_cells, rows),
+            *_both(w_hh), from_row(gates, rows), from_row(cells, rows), batch_rows(c_0, rows, whole),
+            from_row(d_gates, rows), *outs[:2], None if lengths is None else lengths[rows],
+            batch_rows(resets, rows, whole), batch_rows(c_reset, rows, whole), *(outs[2:] or (None, None)), errors, T,
             rows.stop - rows.start, *strides, *_zoneout_arguments(zoneout, rows), plan.H, plan.heads, D,
             PRE_ACTIVATION=int(pre_activation),
         )  # fmt: skip
@@ -209,16 +209,6 @@ def _raise_if_stuck(errors: Tensor, launch: Launch, plan: LaunchPlan) -> None:
 def _both(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """What a kernel takes by one pointer for each direction, so that nothing is copied together."""
     return tensors[0], tensors[1] if len(tensors) == 2 else None
-
-
-def _from_row(tensor: Tensor, rows: slice) -> Tensor:
-    """A (T, B, ...) tensor from its first row of these: the kernel steps over the whole batch from time to time."""
-    return tensor[:, rows] if rows.start else tensor
-
-
-def _rows_of(tensor: Tensor | None, rows: slice, whole: bool) -> Tensor | None:
-    """These rows of the batch, of a tensor whose second dimension it is."""
-    return tensor if tensor is None or whole else tensor[:, rows].contiguous()
 
 
 def _joined(states: list[Tensor]) -> Tensor:

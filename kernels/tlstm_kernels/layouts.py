@@ -44,3 +44,13 @@ def joined(parts: Sequence[Tensor], dim: int, batch_first: bool) -> Tensor:
     if batch_first:
         return torch.cat([part.transpose(0, 1) for part in parts], dim).transpose(0, 1)
     return torch.cat(list(parts), dim)
+
+
+def from_row(tensor: Tensor, rows: slice) -> Tensor:
+    """A (T, B, ...) tensor from its first row of these: the kernel steps over the whole batch from time to time."""
+    return tensor[:, rows] if rows.start else tensor
+
+
+def batch_rows(tensor: Tensor | None, rows: slice, whole: bool) -> Tensor | None:
+    """These rows of the batch, of a tensor whose second dimension it is."""
+    return tensor if tensor is None or whole else tensor[:, rows].contiguous()
