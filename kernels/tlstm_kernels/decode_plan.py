@@ -144,7 +144,7 @@ def shared_memory_bytes(plan: DecodePlan) -> int:
 
 
 def fits_registers(plan: DecodePlan) -> bool:
-    """Whether a thread can hold its part of the tiles; read off the compiled plans in benchmarks/results."""
+    """Whether a thread can hold its part of the tiles; read off benchmarks/results/compiled_decode.csv."""
     threads = 32 * plan.num_warps
     widest = max(plan.padded(m) for m in range(len(plan.on_chip)))
     words = plan.rows * widest * ITEM_SIZE[plan.shape.dtype] / 4 / threads
