@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.layer_cpu import cpu_name, git_commit
 from tlstm import LSTMConfig, LSTMForCausalLM
+from tlstm.benchmark.environment import commit_of, cpu_name
 from tlstm.generation.decoders import choose_decoder
 from tlstm.generation.state import GenerationState
 
+ROOT = Path(__file__).parents[1]
 # name, settings of the model, rows
 CASES = [
     ("2x512 characters", {"vocab_size": 65, "hidden_size": 512, "num_layers": 2}, 1),
@@ -113,7 +114,7 @@ def main() -> None:
             continue
         row = {"model": name, "B": batch, **measure(settings, batch, args.turns, clock)}
         row |= {"turns": args.turns, "clock": clock_name, "threads": args.threads, "load": load(), "cpu": cpu_name()}
-        row |= {"torch": torch.__version__, "python": platform.python_version(), "commit": git_commit()}
+        row |= {"torch": torch.__version__, "python": platform.python_version(), "commit": commit_of(ROOT)}
         rows.append(row)
         print(" ".join(f"{key}={row[key]}" for key in COLUMNS[:11]), flush=True)
     if args.out:
