@@ -7,11 +7,11 @@ import torch
 from tlstm_kernels import ArgumentError
 from torch.nn.utils.rnn import pack_sequence
 
-from tlstm import functional
 from tlstm.functional import (
     BackendUnavailableError,
     LSTMOptions,
     available_backends,
+    dispatch,
     explain_backends,
     lstm,
     resolve_backend,
@@ -32,9 +32,9 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     with pytest.raises(BackendUnavailableError, match="tensors are on cpu"):
         module(torch.randn(2, 1, 5))
 
-    monkeypatch.setattr(functional.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: False)
     assert explain_backends("cuda")["triton"] == "torch sees no GPU"
-    monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in explain_backends("cpu")["triton"]
     with pytest.raises(BackendUnavailableError, match="not installed"):
         LSTM(5, 7, backend="triton")
@@ -48,20 +48,20 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     ("capability", "reason"), [((8, 0), None), ((9, 0), None), ((7, 5), r"8.0 or newer and this GPU has 7.5")]
 )
 def test_auto_takes_triton_on_a_gpu_that_can_once_it_is_the_default(monkeypatch, capability, reason):
-    monkeypatch.setattr(functional.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(functional.torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
     assert resolve_backend("auto", "cuda") == "native"  # not proved on a GPU yet
-    monkeypatch.setattr(functional, "TRITON_BY_DEFAULT", True)
+    monkeypatch.setattr(dispatch, "TRITON_BY_DEFAULT", True)
     assert resolve_backend("auto", "cuda") == ("triton" if reason is None else "native")
     if reason is not None:
         assert reason in explain_backends("cuda:0")["triton"]
 
 
 def test_triton_is_refused_on_amd(monkeypatch):
-    monkeypatch.setattr(functional.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(functional.torch.version, "hip", "6.4")
-    monkeypatch.setattr(functional.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.torch.version, "hip", "6.4")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(BackendUnavailableError, match=r"AMD.*coherent L2 cache"):
         resolve_backend("triton", "cuda")
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 from small_models import assert_same_model, causal_lm
 
-from tlstm import LSTMForCausalLM, Tokenizer, hub_download
-from tlstm import hub as hub_module
+from tlstm import LSTMForCausalLM, Tokenizer
+from tlstm.hub import download, push
 
 CALLS = ("create_repo", "create_branch", "model_info", "list_repo_files", "hf_hub_download", "create_commit")
 
@@ -81,7 +81,7 @@ class Recorder:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def make(present: dict[str, bytes] | None = None) -> Recorder:
         recorder = Recorder(present or {}, tmp_path)
-        monkeypatch.setattr(hub_module, "HfApi", recorder)
+        monkeypatch.setattr(push, "HfApi", recorder)
         return recorder
 
     return make
@@ -177,7 +177,7 @@ class TestPull:
             calls.append({"repo_id": repo_id, **options})
             return str(tmp_path)
 
-        monkeypatch.setattr(hub_download, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(download, "snapshot_download", snapshot_download)
         model = LSTMForCausalLM.from_pretrained(
             "user/model",
             revision="refs/pr/1",
@@ -195,7 +195,7 @@ class TestPull:
         assert call == {
             "repo_id": "user/model", "revision": "refs/pr/1", "cache_dir": str(tmp_path / "cache"), "token": "secret",
             "force_download": True, "local_files_only": True, "library_name": "tlstm",
-            "library_version": hub_module.__version__,
+            "library_version": push.__version__,
         }  # fmt: skip
         assert "sub/model.fp16.safetensors" in wanted
         assert "sub/model.fp16-*-of-*.safetensors" in wanted

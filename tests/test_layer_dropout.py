@@ -8,7 +8,7 @@ from scipy import stats
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tlstm.functional import available_backends
-from tlstm.functional_dropout import dropout_between_layers, seed_tensor, weight_dropout
+from tlstm.functional.dropout import dropout_between_layers, seed_tensor, weight_dropout
 from tlstm.layer import LSTM
 
 both_backends = pytest.mark.parametrize("backend", available_backends())

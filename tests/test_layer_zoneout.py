@@ -10,7 +10,7 @@ from tlstm_kernels import ArgumentError, Zoneout
 from tlstm_kernels import lstm as reference_lstm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tlstm.functional_dropout import layer_seed
+from tlstm.functional.dropout import layer_seed
 from tlstm.layer import LSTM
 
 T, B, I, H = 7, 5, 6, 13

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, RepoCard
 from small_models import causal_lm
 
 from tlstm import LSTMConfig, LSTMModel, Tokenizer
-from tlstm.model_card import CARD_NAME, is_own, make_card, renewed, short_card, with_metadata
+from tlstm.hub.card import CARD_NAME, is_own, make_card, renewed, short_card, with_metadata
 
 RUN = {
     "tlstm_version": "0.1.0",

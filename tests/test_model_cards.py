@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from tlstm import LSTMForCausalLM, Tokenizer
-from tlstm.model_card import is_own, make_card
+from tlstm.hub.card import is_own, make_card
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))

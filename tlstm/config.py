@@ -13,7 +13,7 @@ from typing import Any
 from tlstm.checkpoint.folder_swap import replace_files
 from tlstm.checkpoint.folder_view import read_whole
 from tlstm.checkpoint.json_file import parse_json
-from tlstm.pushable import Pushable
+from tlstm.hub.pushable import Pushable
 from tlstm.validation import check_choice, check_int, check_number, is_int, is_number, shown
 from tlstm.version import __version__
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tlstm.functional import BACKENDS, Seed, lstm, lstm_packed, why_unavailable
-from tlstm.functional_dropout import seed_tensor, weight_dropout
-from tlstm.functional_options import BackendUnavailableError, LSTMOptions
+from tlstm.functional.dropout import seed_tensor, weight_dropout
+from tlstm.functional.options import BackendUnavailableError, LSTMOptions
 from tlstm.layer_arguments import StateShapes, padded_arguments, refuse_padding_options
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tlstm.checkpoint.files import is_weights_file, save_checkpoint
 from tlstm.config import CONFIG_NAME, LSTMConfig
-from tlstm.hub import checkpoint_folder, push_folder
-from tlstm.model_card import CARD_NAME, card_in, encoded, is_own, make_card, renewed
+from tlstm.hub.card import CARD_NAME, card_in, encoded, is_own, make_card, renewed
+from tlstm.hub.locate import checkpoint_folder
+from tlstm.hub.push import push_folder
 from tlstm.quantization import quantized_state
 from tlstm.transformers_shim import AUTO_MAP, SHIM, SHIM_NAME, names_shim
 from tlstm.weight_loading import GENERATION_CONFIG_NAME, check_device, check_dtype, load_model
@@ -156,7 +157,7 @@ class PreTrainedModel(nn.Module):
 
         Killed at any point, the folder loads the old model or the new one, whole. Files that are not the model's own
         are left alone. A folder without a model card gets one; a card that tlstm made before is made anew, and one
-        that somebody has written or changed is never touched (`tlstm.model_card` tells how that is known).
+        that somebody has written or changed is never touched (`tlstm.hub.card` tells how that is known).
 
         Args:
             save_directory: made if missing.

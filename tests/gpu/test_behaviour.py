@@ -9,7 +9,8 @@ import torch
 from tlstm_kernels.launch_options import launch_options
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from tlstm.functional import TRITON_BY_DEFAULT, explain_backends, resolve_backend
+from tlstm.functional import explain_backends, resolve_backend
+from tlstm.functional.dispatch import TRITON_BY_DEFAULT
 from tlstm.layer import LSTM
 
 from .layers import Problem, Shape

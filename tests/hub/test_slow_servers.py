@@ -21,8 +21,8 @@ def client(hub: LoopbackHub, default_client: Client) -> Client:
 @contextmanager
 def impatient(client: Client) -> Iterator[None]:
     """In here the client gives a silent server up after a second, not after 10 in a download and 60 elsewhere."""
-    client.run("import tlstm.hub_download; from huggingface_hub import constants")
-    code = "constants.HF_HUB_DOWNLOAD_TIMEOUT, tlstm.hub_download._PATIENCE = limits"
+    client.run("import tlstm.hub.download; from huggingface_hub import constants")
+    code = "constants.HF_HUB_DOWNLOAD_TIMEOUT, tlstm.hub.download._PATIENCE = limits"
     client.run(code, limits=[1, 1])
     try:
         yield

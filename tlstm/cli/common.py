@@ -68,7 +68,7 @@ class ModelSource:
         """The folder itself, or the snapshot of one commit of the repo: all that a command reads comes from there."""
         if self.is_local:
             return Path(self.name)
-        from tlstm.hub import checkpoint_folder
+        from tlstm.hub.locate import checkpoint_folder
 
         try:
             return checkpoint_folder(self.name, revision=self.revision, progress=progress)

@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from tlstm.checkpoint.folder_swap import FileContent, replace_files
     from tlstm.cli.info import describe_checkpoint
     from tlstm.config import CONFIG_NAME, LSTMConfig
-    from tlstm.hub import checkpoint_files, download_snapshot
-    from tlstm.model_card import CARD_NAME, CURVE_NAME
+    from tlstm.hub.card import CARD_NAME, CURVE_NAME
+    from tlstm.hub.download import download_snapshot
+    from tlstm.hub.locate import checkpoint_files
     from tlstm.transformers_shim import SHIM, SHIM_NAME, names_shim
 
     repo, _, revision = args.repo.partition("@")

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from tlstm.checkpoint.folder_view import read_consistently
     from tlstm.checkpoint.stored_weights import is_weights_file
     from tlstm.cli.info import describe_checkpoint
-    from tlstm.hub import push_folder
-    from tlstm.model_card import make_card
+    from tlstm.hub.card import make_card
+    from tlstm.hub.push import push_folder
     from tlstm.transformers_shim import add_shim
 
     if args.tag is not None:

@@ -23,8 +23,8 @@ import tokenizers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tlstm.hub import checkpoint_folder
-from tlstm.pushable import Pushable
+from tlstm.hub.locate import checkpoint_folder
+from tlstm.hub.pushable import Pushable
 from tlstm.tokenizer import building
 from tlstm.tokenizer import files as tokenizer_files
 from tlstm.tokenizer.bulk import BulkEncoder, UnknownCharacters

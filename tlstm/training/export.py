@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tlstm.model_card import CURVE_NAME, FIGURES_NAME
+from tlstm.hub.card import CURVE_NAME, FIGURES_NAME
 from tlstm.training import checkpoint, plot
 from tlstm.training.evaluate import Evaluation, evaluate_stream, evaluate_windows
 from tlstm.version import __version__

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from tlstm.checkpoint.files import read_json
-from tlstm.hub import download_snapshot
+from tlstm.hub.download import download_snapshot
 from tlstm.training import checkpoint as files
 from tlstm.training.log import CSV_NAME, JSONL_NAME
 from tlstm.training.snapshot import CONFIG_NAME

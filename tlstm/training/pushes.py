@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlstm.model_card import FIGURES_NAME
+from tlstm.hub.card import FIGURES_NAME
 from tlstm.training import checkpoint as files
 from tlstm.training import export, snapshot
 from tlstm.training.background_push import BackgroundPush, PushCommand, Snapshot

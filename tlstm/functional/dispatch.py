@@ -1,12 +1,4 @@
-"""The LSTM as a function of its weights, with several backends behind one name.
-
-    native      torch's own implementation: oneDNN or ATen on a CPU, cuDNN on an NVIDIA GPU
-    reference   the equations of `tlstm_kernels.reference`: slow, exact, any dtype up to float64
-    triton      the project's own kernels
-    auto        native, until the kernels have been proved on a GPU (`TRITON_BY_DEFAULT`)
-
-Every backend takes the same arguments and gives the same results; `explain_backends()` says which can run here.
-"""
+"""`lstm`: the one function, the arguments checked, the backend chosen. The package's text tells the backends."""
 
 from __future__ import annotations
 
@@ -18,10 +10,10 @@ from tlstm_kernels.checks import check_choice, check_reset_state, check_resets
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from tlstm.functional_dropout import seed_tensor
-from tlstm.functional_layers import Runner, run_kernels, run_reference
-from tlstm.functional_native import run_native
-from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights, zero_state
+from tlstm.functional.dropout import seed_tensor
+from tlstm.functional.layers import Runner, run_kernels, run_reference
+from tlstm.functional.native import run_native
+from tlstm.functional.options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights, zero_state
 
 BACKENDS = ("auto", "triton", "native", "reference")
 # Whether `auto` means the kernels on a GPU that can run them. They pass every test that needs no GPU, but have met none
@@ -57,8 +49,8 @@ def lstm(
 
     `dropout_seed` (a number below 2**64, an integer tensor of one element, or a generator that draws one) makes the
     masks between layers, and those of `options.zoneout` in training, a function of the seed alone:
-    `functional_dropout`. Without it they come from torch's own generator. Zoneout is not in the native backend either:
-    the equations stand in for it, in training and in evaluation.
+    `tlstm.functional.dropout`. Without it they come from torch's own generator. Zoneout is not in the native backend
+    either: the equations stand in for it, in training and in evaluation.
 
     `return_cell_states` asks for c after every step, differentiable like the rest. The native backend has none, so that
     the equations (`reference`) stand in for it.

@@ -34,7 +34,7 @@ class Pushable(ABC):
         Arguments, result and errors as in `PreTrainedModel.push_to_hub`. A repo without a model card gets a short one,
         in whose place the next push of a model puts a whole one.
         """
-        from tlstm.hub import push_files  # slow to import, and of no use to most who make a configuration
+        from tlstm.hub.push import push_files  # slow to import, and of no use to most who make a configuration
 
         return push_files(
             self.files(),

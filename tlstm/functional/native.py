@@ -11,9 +11,9 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from tlstm.functional_layers import run_layers
-from tlstm.functional_native_resets import Cuts, cut
-from tlstm.functional_options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights
+from tlstm.functional.layers import run_layers
+from tlstm.functional.native_resets import Cuts, cut
+from tlstm.functional.options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights
 
 
 def run_native(

@@ -8,8 +8,8 @@ import torch
 from tlstm_kernels.layer_op import lstm_layer
 from torch import Tensor
 
-from tlstm.functional_dropout import dropout_between_layers, layer_seed
-from tlstm.functional_options import Call, LSTMOptions, Result, State, Weights
+from tlstm.functional.dropout import dropout_between_layers, layer_seed
+from tlstm.functional.options import Call, LSTMOptions, Result, State, Weights
 
 # A backend is one of these: it runs the layers whose weights it is given, one or all.
 Runner = Callable[[Tensor, State, Weights, LSTMOptions, Call], Result]

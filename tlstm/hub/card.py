@@ -17,9 +17,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, RepoCard
 
-from tlstm import model_card_text as sections
 from tlstm.checkpoint.folder_view import FolderView, read_consistently
-from tlstm.model_card_text import CURVE_NAME, FIGURES_NAME
+from tlstm.hub import card_text as sections
+from tlstm.hub.card_text import CURVE_NAME, FIGURES_NAME
 
 __all__ = [
     "CARD_NAME",

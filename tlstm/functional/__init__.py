@@ -1,0 +1,36 @@
+"""The LSTM as a function of its weights, with several backends behind one name.
+
+    native      torch's own implementation: oneDNN or ATen on a CPU, cuDNN on an NVIDIA GPU
+    reference   the equations of `tlstm_kernels.reference`: slow, exact, any dtype up to float64
+    triton      the project's own kernels
+    auto        native, until the kernels have been proved on a GPU (`TRITON_BY_DEFAULT`)
+
+Every backend takes the same arguments and gives the same results; `explain_backends()` says which can run here.
+"""
+
+from __future__ import annotations
+
+from tlstm.functional.dispatch import (
+    BACKENDS,
+    Seed,
+    available_backends,
+    explain_backends,
+    lstm,
+    lstm_packed,
+    resolve_backend,
+    why_unavailable,
+)
+from tlstm.functional.options import BackendUnavailableError, LSTMOptions
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailableError",
+    "LSTMOptions",
+    "Seed",
+    "available_backends",
+    "explain_backends",
+    "lstm",
+    "lstm_packed",
+    "resolve_backend",
+    "why_unavailable",
+]
