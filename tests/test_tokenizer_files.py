@@ -34,7 +34,7 @@ def saved(request, tmp_path_factory) -> tuple[Tokenizer, Path]:
 
 
 def test_transformers_and_tokenizers_read_the_same_tokenizer(saved):
-    from transformers import AutoTokenizer
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 
     tokenizer, folder = saved
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -68,7 +68,7 @@ def test_transformers_and_tokenizers_read_the_same_tokenizer(saved):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_that_of_transformers(saved, side):
-    from transformers import AutoTokenizer
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 
     tokenizer, folder = saved
     theirs = AutoTokenizer.from_pretrained(folder, padding_side=side)
@@ -88,7 +88,7 @@ def test_padding_is_that_of_transformers(saved, side):
 
 
 def test_transformers_saves_what_is_read_here(saved, tmp_path):
-    from transformers import AutoTokenizer
+    AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 
     tokenizer, folder = saved
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)

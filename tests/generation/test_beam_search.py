@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-import transformers
-from transformers.modeling_outputs import CausalLMOutput
 
 from tlstm import GenerateOutput, LSTMForCausalLM
 from tlstm.generation.beam_search import beam_search
 from tlstm.generation.config import GenerationConfig
+
+transformers = pytest.importorskip("transformers")
 
 
 def search(model, *args, **settings) -> GenerateOutput:
@@ -75,8 +75,8 @@ class StatelessModel(transformers.PreTrainedModel, transformers.GenerationMixin)
         self.inner = model
         self.generation_config.use_cache = False
 
-    def forward(self, input_ids, attention_mask=None, **kwargs) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.inner(input_ids).logits)
+    def forward(self, input_ids, attention_mask=None, **kwargs) -> transformers.modeling_outputs.CausalLMOutput:
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.inner(input_ids).logits)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         return {"input_ids": input_ids}

@@ -7,10 +7,11 @@ import time
 
 import pytest
 import torch
-import transformers
 
 from tlstm import GenerateOutput, GenerationConfig, LSTMForCausalLM
 from tlstm.generation.philox import seed_words, token_noise
+
+transformers = pytest.importorskip("transformers")
 
 SAMPLING = {"do_sample": True, "seed": 2**63 + 5, "temperature": 1.2, "top_k": 9, "top_p": 0.95}
 

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import transformers
 from scipy import stats
 
 from tlstm import GenerationConfig
@@ -27,6 +26,8 @@ from tlstm.generation.sampling import (
     top_p_filter,
     typical_p_filter,
 )
+
+transformers = pytest.importorskip("transformers")
 
 V = 65
 

@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-import transformers
 
 from tlstm import TextIteratorStreamer, TextStreamer, Tokenizer
 from tlstm.generation.generate import TokenStream
@@ -171,6 +170,7 @@ def test_a_failed_call_does_not_leave_a_reader_waiting(byte_model, tokenizer) ->
 
 
 def test_a_streamer_of_transformers_works(byte_model, tokenizer, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
     prompt = tokenizer.encode("Once")
     out = byte_model.generate([prompt], streamer=transformers.TextStreamer(tokenizer), max_new_tokens=40, **SAMPLING)
     assert capsys.readouterr().out == tokenizer.decode(out[0].tolist()) + "\n"

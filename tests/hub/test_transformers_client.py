@@ -15,6 +15,8 @@ from small_models import assert_same_model, causal_lm
 from tlstm import LSTMForCausalLM, Tokenizer
 from tlstm.transformers_shim import AUTO_MAP, SHIM
 
+pytest.importorskip("transformers")
+
 SETUP = """
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import greenlet
 import numpy as np
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +24,8 @@ from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interp
 from triton.runtime.jit import JITFunction
 
 from .memory import WeakMemory
+
+greenlet = pytest.importorskip("greenlet")
 
 
 class DeadlockError(AssertionError):

@@ -14,7 +14,10 @@ import pytest
 import tlstm_kernels
 import torch
 
-from kernels import get_local_kernel
+try:
+    from kernels import get_local_kernel
+except ImportError:  # where the package is not installed, this repository's folder of that name is what is found
+    pytest.skip("needs the package `kernels`", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "kernels" / "build_hub_kernel.py"
