@@ -131,8 +131,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {name: value for name, value in flat.items() if value is not None}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyper-parameters stay as the optimiser was made."""
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], stepped: bool) -> None:
+    """The inverse of `optimizer_tensors`; hyper-parameters stay as the optimiser was made.
+
+    Args:
+        stepped: whether a step was made, so that there must be a state; before the first one there is none.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
@@ -141,7 +145,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             raise ValueError(f"optimizer: {name} has shape {tuple(tensor.shape)}, which is not that of its parameter")
         state.setdefault(int(index), {})[key] = tensor
     kinds = {frozenset(entry) for entry in state.values()} or {frozenset[str]()}
-    if len(kinds) > 1 or ("betas" in optimizer.defaults and "exp_avg" not in next(iter(kinds))):
+    needs_averages = "betas" in optimizer.defaults and (stepped or bool(state))
+    if len(kinds) > 1 or (needs_averages and "exp_avg" not in next(iter(kinds))):
         raise ValueError(f"optimizer: its state is incomplete; found {sorted(map(sorted, kinds))}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -134,7 +134,9 @@ def _restore(trainer: Trainer, values: dict[str, Any], tensors: dict[str, dict[s
     _check_same_run(trainer, values, path)
     _check_counters(values)
     files.fill_parameters(trainer.model, tensors["model"], path)
-    files.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
+    # The scaler leaves out steps whose gradients overflow, the first ones among them.
+    stepped = values["progress"]["step"] > 0 and not trainer.scaler.is_enabled()
+    files.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"], stepped)
     if trainer.average is not None:
         for name, average in trainer.average.tensors.items():
             average.copy_(tensors["average"][name])
