@@ -3,13 +3,15 @@
 #
 #     benchmarks/gpu_check.sh OUT_DIR [tests] [sanitizer] [speed] [decode]      without a name: all four
 #
-# Parts, each within PART_MINUTES (10) and each writing its results as they come:
-#     tests       tests/gpu, every test with a limit of its own            -> OUT_DIR/tests.{xml,log}
-#     sanitizer   compute-sanitizer's memcheck and racecheck, small sizes   -> OUT_DIR/sanitizer_*.log
+# Parts, each ended after PART_MINUTES (9) and each writing its results as they come:
+#     tests       tests/gpu, each with a limit of its own, in WORKERS (8) processes, as most of the time goes into
+#                 compiling; one that hangs or loses the GPU takes only its process along  -> OUT_DIR/tests.{xml,log}
+#     sanitizer   compute-sanitizer's memcheck and racecheck, small sizes                  -> OUT_DIR/sanitizer_*.log
 #     speed       tlstm beside torch.nn.LSTM: the set `check` of benchmarks.run, most telling shapes first, until the
 #                 time is up; the same command goes on from there           -> OUT_DIR/check-COMMIT.{csv,json,svg}
 #     decode      generation beside torch.nn.LSTM, as a loop and as a CUDA graph: the set `decode`
 #                                                                           -> OUT_DIR/decode-COMMIT.{csv,json,svg}
+# Narrower: TEST_ARGS="tests/gpu/test_decode.py -k greedy", DTYPES="bfloat16 float16", SPEED_ARGS="--mode forward".
 # Ends with one line for each part; the exit code is the number of parts that failed. Without a GPU it says so and
 # ends with 0: nothing was found wrong, and nothing was checked.
 set -uo pipefail
@@ -18,11 +20,13 @@ OUT="${1:?usage: benchmarks/gpu_check.sh OUT_DIR [tests] [sanitizer] [speed] [de
 shift
 PARTS=("$@")
 [ $# -eq 0 ] && PARTS=(tests sanitizer speed decode)
-SECONDS_OF_A_PART=$((60 * ${PART_MINUTES:-10} - 15))
+LIMIT=$((60 * ${PART_MINUTES:-9} - 20))  # seconds of a part, and some to stop in
 PYTHON="${PYTHON:-python3}"
+DTYPES="${DTYPES:-bfloat16 tf32 float32 float16}"
+TEST_ARGS="${TEST_ARGS:-tests/gpu tests/generation/test_generation_gpu.py}"
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$OUT" && OUT="$(cd "$OUT" && pwd)" || exit 1
-export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check: torch sees no CUDA GPU here; nothing was checked" | tee "$OUT/summary.txt"
@@ -30,9 +34,17 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 "$PYTHON" benchmarks/gpu_check.py environment --out "$OUT"
 
+limited() {  # SECONDS COMMAND...
+    timeout -k 10 "$@"
+}
+
 run_tests() {
-    timeout -k 10 "$SECONDS_OF_A_PART" "$PYTHON" -m pytest tests/gpu -m gpu -o timeout_method=thread \
-        --junitxml="$OUT/tests.xml" -v 2>&1 | tee "$OUT/tests.log" | grep -E "FAILED|ERROR|passed|failed" | tail -60
+    local parallel=()
+    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "${WORKERS:-8}" --max-worker-restart 100)
+    # shellcheck disable=SC2086
+    limited "$LIMIT" "$PYTHON" -m pytest $TEST_ARGS "${parallel[@]}" -m gpu -o timeout_method=thread --tb=short \
+        --durations=10 --junitxml="$OUT/tests.xml" -v 2>&1 | tee "$OUT/tests.log" |
+        grep -E "^(FAILED|ERROR|E  )|passed|failed|crashed" | tail -60
 }
 
 run_sanitizer() {
@@ -40,24 +52,40 @@ run_sanitizer() {
         echo "compute-sanitizer is not on the PATH: not checked" | tee "$OUT/sanitizer_memcheck.log"
         return 0
     fi
-    local failed=0
+    local failed=0 each=$((LIMIT / 3)) status
+    limited "$each" "$PYTHON" benchmarks/gpu_check.py sanitize --processes 12 >"$OUT/sanitizer_none.log" 2>&1 || failed=1
     for tool in memcheck racecheck; do
-        timeout -k 10 $((SECONDS_OF_A_PART / 2)) compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" benchmarks/gpu_check.py sanitize >"$OUT/sanitizer_$tool.log" 2>&1 || failed=1
+        limited "$each" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$PYTHON" benchmarks/gpu_check.py sanitize >"$OUT/sanitizer_$tool.log" 2>&1
+        status=$?
+        [ "$status" -eq 0 ] || failed=1
+        echo "$tool: exit code $status (9: it found something; 124: out of time)," \
+            "$(grep -c ': done' "$OUT/sanitizer_$tool.log") of 12 cases run"
         tail -3 "$OUT/sanitizer_$tool.log"
     done
     return $failed
 }
 
+benchmark() {  # SET DTYPES ARGUMENTS...
+    local set="$1" dtypes="$2" start=$SECONDS
+    shift 2
+    # shellcheck disable=SC2086
+    limited $((LIMIT / 2)) "$PYTHON" benchmarks/gpu_check.py warm --set "$set" --dtype $dtypes \
+        --time-limit $((LIMIT * 2 / 5)) 2>&1 | tee "$OUT/warm-$set.log" | tail -10
+    local left=$((LIMIT - (SECONDS - start)))
+    # shellcheck disable=SC2086
+    limited "$left" "$PYTHON" -m benchmarks.run --set "$set" --out "$OUT" --device cuda --dtype $dtypes --seconds 0.7 \
+        --time-limit $((left > 90 ? left - 60 : left / 2)) "$@" 2>&1 | tee "$OUT/$set.log" | tail -40
+}
+
 run_speed() {
-    timeout -k 10 $((SECONDS_OF_A_PART + 60)) "$PYTHON" -m benchmarks.run --set check --out "$OUT" --device cuda \
-        --providers tlstm torch --dtype bfloat16 float16 tf32 float32 --time-limit "$SECONDS_OF_A_PART" \
-        ${SPEED_ARGS:-} 2>&1 | tee "$OUT/speed.log" | tail -40
+    # shellcheck disable=SC2086
+    benchmark check "$DTYPES" --providers tlstm torch ${SPEED_ARGS:-}
 }
 
 run_decode() {
-    timeout -k 10 $((SECONDS_OF_A_PART + 60)) "$PYTHON" -m benchmarks.run --set decode --out "$OUT" --device cuda \
-        --dtype bfloat16 --time-limit "$SECONDS_OF_A_PART" 2>&1 | tee "$OUT/decode.log" | tail -40
+    # shellcheck disable=SC2086
+    benchmark decode bfloat16 --providers tlstm:kernel tlstm:graph torch torch-graph ${DECODE_ARGS:-}
 }
 
 failures=0

@@ -94,7 +94,8 @@ def _small() -> list[Workload]:
 
 def _decode() -> list[Workload]:
     """Generating text: character (65), byte (256), 10k-word and 50k-subword vocabularies, 1 to 64 streams."""
-    sizes = product((1, 2), (256, 512, 1024), (65, 256, 10_000, 50_257), (1, 8, 64))
+    sizes = [(2, 1024, 65, 1), (2, 1024, 65, 64)]
+    sizes += product((2, 1), (1024, 512, 256), (65, 50_257, 256, 10_000), (1, 64, 8))
     return [Workload(T=256, B=B, H=H, I=H, layers=layers, vocab=V) for layers, H, V, B in sizes]
 
 
