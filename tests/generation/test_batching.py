@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tlstm import Tokenizer
+from tlstm.generation import decoders
 from tlstm.generation.batching import TextBatcher
+from tlstm.generation.graph_step import GraphStep
 
 SAMPLING = {"do_sample": True, "seed": 2**63 + 5, "temperature": 1.2, "top_k": 9}
 
@@ -45,6 +47,46 @@ def test_each_text_is_what_it_is_alone(model, many, batch_size, settings) -> Non
     assert in_order(model.generate_many(many, batch_size, **settings)) == expected
     if "eos_token_id" in settings:
         assert len({len(tokens) for tokens, _ in expected}) > 5, "the case needs texts of many lengths"
+
+
+@pytest.mark.parametrize("settings", [{}, {"eos_token_id": [5, 7], "pad_token_id": 0, **SAMPLING}], ids=["greedy", ""])
+def test_the_graphed_step_serves_a_queue(model, many, settings, monkeypatch) -> None:
+    """Recorded without a GPU as the function itself, once for all texts."""
+    recorded = []
+
+    def record(function):
+        recorded.append(function)
+        return function
+
+    monkeypatch.setattr(decoders, "graph_step", lambda model, places: GraphStep(model, places, record))
+    batcher = model.generate_many(many, 5, max_new_tokens=20, decoder="graph", **settings)
+    assert batcher.decoder.name == "graph"
+    assert in_order(batcher) == alone(model, many, max_new_tokens=20, **settings)
+    assert len(recorded) == 1
+
+
+def test_a_recording_that_fails_leaves_the_queue_to_the_next_decoder(model, many, monkeypatch) -> None:
+    def broken(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoders, "graph_step", lambda model, places: GraphStep(model, places, broken))
+    batcher = model.generate_many(many, 5, max_new_tokens=3)
+    assert batcher.decoder.name == "lean"
+    assert "operation not permitted" in batcher.decoder.refused["graph"]
+    assert in_order(batcher) == alone(model, many, max_new_tokens=3)
+    with pytest.raises(ValueError, match="decoder='graph' cannot serve this request: recording the step failed"):
+        model.generate_many(many, decoder="graph")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["graph", "loop"])
+def test_a_queue_on_a_gpu_gives_the_texts_of_the_cpu(build_model, many, decoder) -> None:
+    settings = {"max_new_tokens": 30, "eos_token_id": [5, 7], "pad_token_id": 0, **SAMPLING}
+    model = build_model(dtype=torch.float64)
+    expected = alone(model, many, **settings)
+    batcher = model.cuda().generate_many(many, 5, decoder=decoder, **settings)
+    assert batcher.decoder.name == decoder
+    assert in_order(batcher) == expected
 
 
 def test_rows_are_refilled_at_once_and_prompts_read_as_needed(model, many) -> None:
@@ -125,8 +167,9 @@ def test_mistakes(model) -> None:
         model.generate_many([[1], [2]], do_sample=True, seed=[1, 2, 3])
     with pytest.raises(ValueError, match="an unknown number"):
         model.generate_many(iter([[1]]), do_sample=True, seed=[1])
-    with pytest.raises(ValueError, match="decoder"):
-        model.generate_many([[1]], decoder="kernel")
+    for name in ("kernel", "graph"):
+        with pytest.raises(ValueError, match=f"decoder='{name}' cannot serve this request: it needs a CUDA GPU"):
+            model.generate_many([[1]], decoder=name)
     batcher = model.generate_many([[1], [2], [99], [3]], 2, max_new_tokens=3)
     with pytest.raises(ValueError, match="prompts 2 to 3: input_ids: expected ids from 0 to 12"):
         list(batcher)

@@ -15,6 +15,7 @@ from tlstm.generation.graph_step import GraphError, GraphStep
 from tlstm.generation.loop import DecodeLoop
 from tlstm.generation.model_step import PlainStep
 from tlstm.generation.request import read_request
+from tlstm.generation.rows import Rows
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = {"do_sample": True, "seed": 3, "temperature": 1.2}
@@ -213,7 +214,8 @@ def test_pinned_decoders_say_why_they_cannot_run(model) -> None:
 
 def graphed(model, prompts, capture=lambda function: function, **settings) -> DecodeLoop:
     request = read_request(model, prompts, None, None, None, None, "auto", settings)
-    loop = DecodeLoop(GraphStep(model, capture), request.state, request.config)
+    step = GraphStep(model, len(prompts), capture)
+    loop = DecodeLoop(Rows(step, request.config, 13, model.device), request.state, request.config)
     while not loop.finished:
         loop.step()
     return loop
@@ -231,7 +233,7 @@ def test_graphed_step_makes_the_tokens_of_the_loop(model, prompts, request_) -> 
 
 
 def test_graphed_step_takes_rows_where_others_left(model) -> None:
-    step, plain, ids = GraphStep(model, lambda function: function), PlainStep(model), torch.tensor([1, 2, 3, 4, 5])
+    step, plain, ids = GraphStep(model, 6, lambda function: function), PlainStep(model), torch.tensor([1, 2, 3, 4, 5])
     starts = model.prefill([[3, 1], [4, 1, 5], [9, 2], [6, 5, 3], [5, 8]]).recurrent
     first, rest, more = (starts.select(torch.tensor(rows)) for rows in ([0, 1, 2], [3], [4, 0, 1]))
     with torch.inference_mode():
@@ -242,7 +244,7 @@ def test_graphed_step_takes_rows_where_others_left(model) -> None:
             lambda s: s(ids[:2]),
             lambda s: s.extend(rest),  # into the free place
             lambda s: s(ids[1:4]),
-            lambda s: s.extend(more),  # more than there are places: recorded anew
+            lambda s: s.extend(more),  # up to the last place
             lambda s: s(torch.tensor([1, 2, 3, 4, 5, 6])),
         ):
             got, expected = act(step), act(plain)
@@ -265,7 +267,7 @@ def test_a_recording_that_is_wrong_or_fails_is_noticed(model, prompts) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_graph_on_a_gpu_makes_the_tokens_of_the_loop(build_model, prompts, dtype) -> None:
     model = build_model(dtype=dtype).cuda()
-    assert graph_step(model) is not None
+    assert graph_step(model, 5) is not None
     for request_ in ({}, {**SAMPLING, "eos_token_id": [5, 7], "pad_token_id": 0}):
         expected = run(model, prompts, max_new_tokens=30, decoder="loop", **request_)
         out = run(model, prompts, max_new_tokens=30, decoder="graph", **request_)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tlstm.generation.decoders import choose_step
+from tlstm.generation.decoders import choose_rows
 from tlstm.generation.history import TokenHistory
 from tlstm.generation.philox import GumbelNoise
 from tlstm.generation.request import read_request
-from tlstm.generation.rows import Rows, state_of
+from tlstm.generation.texts import state_of
 
 
 def test_history_takes_texts_at_any_time() -> None:
@@ -67,9 +67,8 @@ def test_a_text_that_joins_late_is_what_it_is_alone(build_model, prompts, decode
         read_request(model, [prompt], None, None, None, None, "auto", {"max_new_tokens": 23, **settings})
         for prompt in prompts
     ]
-    step, choice = choose_step(model, 1000, decoder)
+    rows, choice = choose_rows(model, requests[0].config, 5, 1000, wanted=decoder)
     assert choice.name == decoder
-    rows = Rows(step, requests[0].config, 13, model.device)
     texts = []
     for request in requests:
         texts += rows.add(request.state)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tlstm import LSTMConfig, LSTMForCausalLM
-from tlstm.generation.gpu_decoder import GpuDecoder
 from tlstm.generation.gpu_model import choice_of
 from tlstm.generation.inputs import resolve_config
+from tlstm.generation.kernel_rows import KernelRows
+from tlstm.generation.loop import DecodeLoop
 from tlstm.generation.philox import seed_words, token_noise
 from tlstm.generation.sampling import LogitsProcessor
 from tlstm.generation.stopping import StopStrings
@@ -34,11 +36,11 @@ def prompts_of(B: int, V: int) -> list[list[int]]:
 def run(model, prompts, seeds=None, stop=None, chunk=64, max_steps=None, **settings):
     given = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": None, **settings}
     config = resolve_config(None, model.generation_config, model.config, given)
-    assert GpuDecoder.refusal(model, config) is None
+    assert KernelRows.refusal(model, config) is None
     start = model.prefill(prompts)
     if config.do_sample:
         start = replace(start, seeds=tuple(seeds or [text + 2**63 for text in range(len(prompts))]))
-    decoder = GpuDecoder(model, start, config, stop=stop, chunk=chunk)
+    decoder = DecodeLoop(KernelRows(model, config, len(prompts), stop=stop, chunk=chunk), start, config)
     steps = 0
     while not decoder.finished and (max_steps is None or steps < max_steps):
         decoder.step()
@@ -117,11 +119,33 @@ def test_more_texts_than_fit_at_once():
     check_choices(model, decoder, config, start)
 
 
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_a_queue(batch_size):
+    model, prompts = make_model(residual=True), prompts_of(150, 65)
+    settings = {"max_new_tokens": NEW, "eos_token_id": [3], "pad_token_id": 0, "do_sample": True}
+    batcher = model.generate_many(iter(prompts), batch_size, decoder="kernel", seed=7, **settings)
+    texts = sorted(batcher, key=lambda text: text.prompt)
+    assert batcher.decoder.name == "kernel"
+    assert [text.prompt for text in texts] == list(range(150))
+    assert all(len(text.new_tokens) == NEW or text.new_tokens[-1] == 3 for text in texts)
+    config = resolve_config(None, model.generation_config, model.config, settings)
+    start = replace(model.prefill(prompts), seeds=(7,) * 150)
+    check_choices(model, SimpleNamespace(new_tokens=[text.new_tokens for text in texts]), config, start)
+    batch, _, _ = run(model, prompts[:batch_size], seeds=[7] * batch_size, eos_token_id=[3], do_sample=True)
+    expected = batch.state().recurrent  # in slots of the same plan: to the bit
+    for row, text in enumerate(texts[:batch_size]):
+        assert text.new_tokens == batch.new_tokens[row]
+        found = text.state.recurrent
+        pairs = zip(found.h + found.c, expected.h + expected.c, strict=True)
+        assert all(torch.equal(mine[0], theirs[row]) for mine, theirs in pairs)
+
+
 def test_the_state_in_the_middle_of_a_chunk_goes_on_to_the_same_tokens():
     model, prompts = make_model(), prompts_of(2, 65)
     whole, _, start = run(model, prompts, do_sample=True)
     part, config, _ = run(model, prompts, do_sample=True, max_steps=11)
-    rest = GpuDecoder(model, part.state(), config.replace(max_new_tokens=NEW - 11))
+    config = config.replace(max_new_tokens=NEW - 11)
+    rest = DecodeLoop(KernelRows(model, config, 2), part.state(), config)
     while not rest.finished:
         rest.step()
     joined = [a + b for a, b in zip(part.new_tokens, rest.new_tokens, strict=True)]

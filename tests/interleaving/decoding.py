@@ -15,9 +15,10 @@ from tlstm_kernels.decode_shape import DecodePlan
 from torch import Tensor
 
 from tlstm import LSTMConfig, LSTMForCausalLM
-from tlstm.generation.gpu_decoder import GpuDecoder
 from tlstm.generation.gpu_model import choice_of, shape_of
 from tlstm.generation.inputs import resolve_config
+from tlstm.generation.kernel_rows import KernelRows
+from tlstm.generation.loop import DecodeLoop
 from tlstm.generation.philox import seed_words, token_noise
 from tlstm.generation.state import GenerationState
 
@@ -91,15 +92,24 @@ def decoder_of(
     start: GenerationState | None = None,
     launch_options: dict[str, Any] | None = None,
     **options: Any,
-) -> GpuDecoder:
-    """The decoder, its kernel under one schedule. `options` are those of GpuDecoder."""
+) -> DecodeLoop:
+    """The decoder, its kernel under one schedule. `options` are those of KernelRows."""
     config = case.config(model)
     if start is None:
         start = model.prefill(case.prompts())
         if config.do_sample:
             start = replace(start, seeds=tuple(config.seed))
-    launcher = partial(run_interleaved, seed=seed, **(launch_options or {}))
-    return GpuDecoder(model, start, config, plan=case.plan(model), launcher=launcher, chunk=case.chunk, **options)
+    return DecodeLoop(kernel_rows(case, model, seed, launch_options, **options), start, config)
+
+
+def kernel_rows(
+    case: DecodeCase, model: LSTMForCausalLM, seed: int, launch_options: dict[str, Any] | None = None, **options: Any
+) -> KernelRows:
+    """Rows of the kernel, under one schedule."""
+    launcher, plan = partial(run_interleaved, seed=seed, **(launch_options or {})), case.plan(model)
+    return KernelRows(
+        model, case.config(model), plan.streams, plan=plan, launcher=launcher, chunk=case.chunk, **options
+    )
 
 
 def with_kernel(case: DecodeCase, model: LSTMForCausalLM, seed: int, steps: int | None = None, **options: Any) -> Run:

@@ -12,7 +12,7 @@ from tlstm_kernels import decode, decode_exchange, exchange
 from tlstm_kernels.kernel_calls import ExchangeError
 from tlstm_kernels.launch_options import launch_options
 
-from tlstm.generation.gpu_decoder import GpuDecoder
+from tlstm.generation.kernel_rows import KernelRows
 from tlstm.generation.stopping import StopStrings
 
 from .decoding import DecodeCase, Run, assert_same, clear_case, decoder_of, with_kernel
@@ -178,5 +178,5 @@ def test_nan_in_a_state_never_stalls():
 
 def test_what_the_kernel_refuses_is_said():
     model = DecodeCase().make_model()
-    refusal = GpuDecoder.refusal(model, DecodeCase().config(model))
+    refusal = KernelRows.refusal(model, DecodeCase().config(model))
     assert refusal == "the model is on cpu, and the decode kernel runs on CUDA GPUs"

@@ -1,7 +1,8 @@
 """Continuous batching: many prompts through a few rows; a row whose text has ended goes to the next prompt at once.
 
 No row waits for another one: a batch that is cut to size and run until its longest text ends leaves most rows idle most
-of the time. Each text is what `generate` makes of its prompt alone, whichever texts happened to run beside it.
+of the time. Each text is what `generate` makes of its prompt alone, whichever texts happened to run beside it. Rows may
+be the slots of the GPU's decode kernel, which are filled between two launches, or those of a step in Python.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from tlstm.generation.config import DEFAULT_NEW_TOKENS, GenerationConfig
-from tlstm.generation.decoders import choose_step
+from tlstm.generation.decoders import choose_rows
 from tlstm.generation.inputs import resolve_config
 from tlstm.generation.loop import Timings
 from tlstm.generation.prefill import LanguageModel, evaluating, read_texts
-from tlstm.generation.rows import FinishReason, Rows, Text, state_of
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import Decoder, StopStrings
+from tlstm.generation.texts import FinishReason, Text, state_of
 from tlstm.validation import check_int
 
 Prompt = Sequence[int] | Tensor  # (T,) int64
@@ -67,23 +68,27 @@ class TextBatcher(Iterator[BatchedText]):
         config = resolve_config(generation_config, model.generation_config, model.config, overrides)
         if config.num_beams > 1:
             raise ValueError("generate_many: expected no beams, which have no rows to give away; use generate()")
-        if isinstance(config.seed, list) and not (isinstance(prompts, Sized) and len(prompts) == len(config.seed)):
-            count = len(prompts) if isinstance(prompts, Sized) else "an unknown number"
-            raise ValueError(f"seed: expected one per prompt ({count}), got {len(config.seed)}; one number serves all")
-        self._model, self._config, self._batch_size = model, config, batch_size
+        count = len(prompts) if isinstance(prompts, Sized) else None
+        if isinstance(config.seed, list) and len(config.seed) != count:
+            raise ValueError(
+                f"seed: expected one per prompt ({'an unknown number' if count is None else count}), got "
+                f"{len(config.seed)}; one number serves all"
+            )
+        places = batch_size if count is None else max(1, min(batch_size, count * config.num_return_sequences))
+        self._model, self._config, self._places = model, config, places
         self._prompts, self._prompts_read = iter(prompts), 0
         self._waiting: deque[tuple[int, GenerationState]] = deque()  # prompt, read; one text each
         self._running: dict[int, tuple[int, Text]] = {}  # id of the text -> prompt, text; in the order they began
         self._ended: deque[BatchedText] = deque()
         limit = config.max_new_tokens or config.max_length or DEFAULT_NEW_TOKENS
-        step, self.decoder = choose_step(model, limit * batch_size, decoder)
-        self._rows = Rows(
-            step,
+        self._rows, self.decoder = choose_rows(
+            model,
             config,
-            model.config.vocab_size,
-            model.device,
+            places,
+            limit * places,
             stop=StopStrings(config.stop_texts, cast(Decoder, tokenizer)) if config.stop_texts else None,
             deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
+            wanted=decoder,
         )
         self._timings = Timings()
 
@@ -111,9 +116,8 @@ class TextBatcher(Iterator[BatchedText]):
         self._fill_rows()
         if not self._rows.texts:
             return False
-        running = len(self._rows.texts)
         ended = self._rows.step()
-        self._timings.decode_tokens += running
+        self._timings.decode_tokens += len(self._rows.stepped)
         for text in ended:
             prompt, _ = self._running.pop(id(text))
             self._ended.append(self._batched(prompt, text))
@@ -132,7 +136,7 @@ class TextBatcher(Iterator[BatchedText]):
     # ---- the queue -----------------------------------------------------------------------------------------------
 
     def _fill_rows(self) -> None:
-        free = self._batch_size - len(self._rows.texts)
+        free = self._places - len(self._rows.texts)
         while free > 0 and (self._waiting or self._read_prompts(free)):
             taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             for prompt, state in taken:
@@ -152,7 +156,8 @@ class TextBatcher(Iterator[BatchedText]):
                 _, state, fed = read_texts(self._model, prompts, None, None, self._config)
         except ValueError as error:
             raise ValueError(f"prompts {first} to {first + len(prompts) - 1}: {error}") from None
-        if state.recurrent.device.type == "cuda":
+        # The kernel is ahead: to wait for the prompts would be to wait for its chunk too. That time counts as decoding.
+        if state.recurrent.device.type == "cuda" and self.decoder.name != "kernel":
             torch.cuda.synchronize(state.recurrent.device)
         self._timings.prefill_tokens += fed
         self._timings.prefill_seconds += time.perf_counter() - started

@@ -19,10 +19,10 @@ from tlstm.generation.config import GenerationConfig
 from tlstm.generation.history import TokenHistory
 from tlstm.generation.model_step import model_step
 from tlstm.generation.prefill import LanguageModel
-from tlstm.generation.rows import FinishReason, new_token_limits
 from tlstm.generation.sampling import LogitsProcessor, check_some_token
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import StopStrings
+from tlstm.generation.texts import FinishReason, new_token_limits
 from tlstm.state import LSTMState
 
 _DEAD = -torch.inf  # score of a beam that has no continuation

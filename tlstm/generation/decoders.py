@@ -11,50 +11,27 @@ each other, they may choose differently. A way whose rounding would be noticed r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
-from tlstm.generation.gpu_decoder import GpuDecoder
 from tlstm.generation.graph_step import GraphError, GraphStep
+from tlstm.generation.kernel_rows import KernelRows
 from tlstm.generation.lean_step import LeanStep, lean_refusal
 from tlstm.generation.loop import DecodeLoop
 from tlstm.generation.model_step import PlainStep, Step
 from tlstm.generation.prefill import LanguageModel
-from tlstm.generation.rows import FinishReason, new_token_limits
+from tlstm.generation.rows import Rows
 from tlstm.generation.state import GenerationState
 from tlstm.generation.step_weights import StepWeights
 from tlstm.generation.stopping import StopStrings
+from tlstm.generation.texts import TextRows, new_token_limits
 from tlstm.validation import check_choice
 
 DECODERS = ("auto", "kernel", "graph", "lean", "loop")
 # Whether `auto` may mean the kernel. It passes every test that needs no GPU, but has met none yet: to be switched on
 # with the first recorded run of benchmarks/gpu_check.sh. Until then ask for it by name. A graph tries itself at once.
 KERNEL_BY_DEFAULT = False
-
-
-class TokenDecoder(Protocol):
-    """What `generate` asks of a decode path; `DecodeLoop` documents it."""
-
-    new_tokens: list[list[int]]
-    scores: list[Tensor]
-    logits: list[Tensor]
-
-    @property
-    def finished(self) -> bool: ...
-
-    @property
-    def finish_reasons(self) -> Sequence[FinishReason | None]: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    def step(self) -> list[int | None]: ...
-
-    def state(self) -> GenerationState: ...
 
 
 @dataclass
@@ -68,6 +45,10 @@ class DecoderChoice:
         return "; ".join([self.name, *(f"not {name}: {reason}" for name, reason in self.refused.items())])
 
 
+class DecoderRefusedError(Exception):
+    """A decoder cannot serve a model or a request; the message is the reason."""
+
+
 def choose_decoder(
     model: LanguageModel,
     state: GenerationState,
@@ -76,54 +57,76 @@ def choose_decoder(
     stop: StopStrings | None = None,
     deadline: float | None = None,
     wanted: str = "auto",
-) -> tuple[TokenDecoder, DecoderChoice]:
-    """The fastest decoder that can serve the request, or the one that is `wanted`; arguments as of `DecodeLoop`.
+) -> tuple[DecodeLoop, DecoderChoice]:
+    """The texts of `state` in the fastest rows that can serve them, or in those of the decoder that is `wanted`.
+
+    Arguments and errors as of `choose_rows`.
+    """
+    tokens = sum(new_token_limits(state, config))
+    rows, choice = choose_rows(model, config, state.batch_size, tokens, stop=stop, deadline=deadline, wanted=wanted)
+    return DecodeLoop(rows, state, config), choice
+
+
+def choose_rows(
+    model: LanguageModel,
+    config: GenerationConfig,
+    places: int,
+    tokens: int,
+    *,
+    stop: StopStrings | None = None,
+    deadline: float | None = None,
+    wanted: str = "auto",
+) -> tuple[TextRows, DecoderChoice]:
+    """Rows for texts that may come and go, in the fastest way that can serve the request, or the one that is `wanted`.
+
+    Args:
+        places: most texts at once. tokens: about so many will be made.
+        deadline: `time.perf_counter()` value after which every text ends, or None.
 
     Raises:
         ValueError: no decoder has the name `wanted`, or it cannot serve the request, with the reason.
     """
     check_choice("decoder", wanted, DECODERS)
-    choice = DecoderChoice()
-    if wanted in ("auto", "kernel"):
-        reason = _kernel_refusal(model, config, by_name=wanted == "kernel")
-        if reason is None:
-            return GpuDecoder(model, state, config, stop=stop, deadline=deadline), DecoderChoice("kernel")
-        _refuse(choice, "kernel", reason, wanted)
-    tokens = sum(new_token_limits(state, config))
 
-    def loop(step: Step) -> DecodeLoop:
-        return DecodeLoop(step, state, config, stop=stop, deadline=deadline)
+    def rows(step: Step) -> Rows:
+        return Rows(step, config, model.config.vocab_size, model.device, stop=stop, deadline=deadline)
 
-    if wanted in ("auto", "graph"):
+    ways: dict[str, Callable[[], TextRows]] = {
+        "kernel": lambda: kernel_rows(model, config, places, stop, deadline, by_name=wanted == "kernel"),
+        "graph": lambda: rows(graph_step(model, places)),
+        "lean": lambda: rows(lean_step(model, tokens)),
+    }
+    refused: dict[str, str] = {}
+    for name, make in ways.items():
+        if wanted not in ("auto", name):
+            continue
         try:
-            return loop(graph_step(model)), DecoderChoice("graph", choice.refused)
+            return make(), DecoderChoice(name, refused)
         except (DecoderRefusedError, GraphError) as error:
-            _refuse(choice, "graph", str(error), wanted)
-    if wanted in ("auto", "lean"):
-        try:
-            return loop(lean_step(model, tokens)), DecoderChoice("lean", choice.refused)
-        except DecoderRefusedError as error:
-            _refuse(choice, "lean", str(error), wanted)
-    return loop(PlainStep(model)), choice
+            if wanted == name:
+                raise ValueError(f"decoder={name!r} cannot serve this request: {error}; use decoder='auto'") from None
+            refused[name] = str(error)
+    return rows(PlainStep(model)), DecoderChoice("loop", refused)
 
 
-class DecoderRefusedError(Exception):
-    """A decoder cannot serve a model; the message is the reason."""
-
-
-def choose_step(model: LanguageModel, tokens: int, wanted: str = "auto") -> tuple[Step, DecoderChoice]:
-    """As `choose_decoder`, the step alone, for rows that come and go: about `tokens` tokens will be fed.
-
-    The kernel, which ends a batch as a whole, takes no part; nor does a graph whose recording could fail later.
-    """
-    check_choice("decoder", wanted, tuple(name for name in DECODERS if name not in ("kernel", "graph")))
-    choice = DecoderChoice()
-    if wanted in ("auto", "lean"):
-        try:
-            return lean_step(model, tokens), DecoderChoice("lean", choice.refused)
-        except DecoderRefusedError as error:
-            _refuse(choice, "lean", str(error), wanted)
-    return PlainStep(model), choice
+def kernel_rows(
+    model: LanguageModel,
+    config: GenerationConfig,
+    places: int,
+    stop: StopStrings | None,
+    deadline: float | None,
+    *,
+    by_name: bool,
+) -> KernelRows:
+    """`KernelRows` of the model, asked for by name or not. Raises `DecoderRefusedError`."""
+    _check_on_gpu(model)
+    if not by_name and not KERNEL_BY_DEFAULT:
+        raise DecoderRefusedError("it has never run on a GPU yet, and is taken only where it is asked for by name")
+    _weights(model)  # the kernel computes what they describe
+    reason = KernelRows.refusal(model, config)
+    if reason is not None:
+        raise DecoderRefusedError(reason)
+    return KernelRows(model, config, places, stop=stop, deadline=deadline)
 
 
 def lean_step(model: LanguageModel, tokens: int) -> LeanStep:
@@ -135,12 +138,16 @@ def lean_step(model: LanguageModel, tokens: int) -> LeanStep:
     return LeanStep(weights, tokens)
 
 
-def graph_step(model: LanguageModel) -> GraphStep:
-    """A `GraphStep` of the model. Raises `DecoderRefusedError`."""
+def graph_step(model: LanguageModel, places: int) -> GraphStep:
+    """A `GraphStep` of the model. Raises `DecoderRefusedError`, or `GraphError` where the recording fails."""
+    _check_on_gpu(model)
+    _weights(model)  # a forward pass that they do not describe may do on the host what no graph records
+    return GraphStep(model, places)
+
+
+def _check_on_gpu(model: LanguageModel) -> None:
     if model.device.type != "cuda":
         raise DecoderRefusedError(f"it needs a CUDA GPU, and the model is on {model.device}")
-    _weights(model)  # a forward pass that they do not describe may do on the host what no graph records
-    return GraphStep(model)
 
 
 def _weights(model: LanguageModel) -> StepWeights:
@@ -149,21 +156,3 @@ def _weights(model: LanguageModel) -> StepWeights:
     if isinstance(weights, str):
         raise DecoderRefusedError(weights)
     return weights
-
-
-def _kernel_refusal(model: LanguageModel, config: GenerationConfig, *, by_name: bool) -> str | None:
-    if model.device.type != "cuda":
-        return f"it needs a CUDA GPU, and the model is on {model.device}"
-    if not by_name and not KERNEL_BY_DEFAULT:
-        return "it has never run on a GPU yet, and is taken only where it is asked for by name"
-    try:
-        _weights(model)  # the kernel computes what they describe
-    except DecoderRefusedError as error:
-        return str(error)
-    return GpuDecoder.refusal(model, config)
-
-
-def _refuse(choice: DecoderChoice, name: str, reason: str, wanted: str) -> None:
-    if wanted == name:
-        raise ValueError(f"decoder={name!r} cannot serve this request: {reason}; use decoder='auto'")
-    choice.refused[name] = reason

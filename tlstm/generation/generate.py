@@ -16,10 +16,10 @@ from tlstm.generation.loop import Timings
 from tlstm.generation.output import GenerateOutput, sequences, with_decode
 from tlstm.generation.prefill import LanguageModel, evaluating, read_texts
 from tlstm.generation.request import Request, read_request
-from tlstm.generation.rows import FinishReason
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import Decoder
 from tlstm.generation.streamers import Streamer, check_streamed_rows, check_streamer
+from tlstm.generation.texts import FinishReason
 from tlstm.state import LSTMState
 
 
@@ -163,8 +163,8 @@ class GenerationMixin:
         is read no faster than rows become free. Each text is what `generate` makes of its prompt alone.
 
         Args:
-            generation_config, tokenizer, **overrides: as in `generate`; no beams. A list of seeds has one per prompt.
-            decoder: "auto", "lean" or "loop".
+            generation_config, tokenizer, decoder, **overrides: as in `generate`; no beams. A list of seeds has one per
+                prompt.
 
         Raises:
             ValueError: wrong settings; while iterating: a wrong prompt, with its number.

@@ -103,6 +103,24 @@ def choice_of(config: GenerationConfig) -> Choice:
     return Choice(True, bool(config.top_k), top_p, bool(config.min_p))
 
 
+def plan_for(model: LanguageModel, config: GenerationConfig, texts: int) -> DecodePlan:
+    """The plan for as many texts at once as the GPU takes."""
+    from tlstm_kernels.decode_launch import too_large
+    from tlstm_kernels.decode_plan import choose_decode_plan
+    from tlstm_kernels.plan_at_hand import gpu_of
+
+    shape, choice = shape_of(model), choice_of(config)
+    index: Any = model.device.index
+    gpu = gpu_of(index)
+    plan = choose_decode_plan(shape, choice, texts, gpu, frozenset(too_large))
+    while plan is None and texts > 1:
+        texts = -(-texts // 2)
+        plan = choose_decode_plan(shape, choice, texts, gpu, frozenset(too_large))
+    if plan is None:
+        raise RuntimeError(f"no plan of the decode kernel fits on {gpu.name}; pass decoder='graph' or 'loop'")
+    return plan
+
+
 def settings_of(config: GenerationConfig) -> ChoiceSettings:
     """The numbers of the choice."""
     from tlstm_kernels.decode_launch import ChoiceSettings

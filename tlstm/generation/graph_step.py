@@ -1,7 +1,7 @@
 """The graphed step: on an NVIDIA GPU, the model's step recorded once as a CUDA graph and replayed for every token.
 
 A replay is one launch in place of several for each layer. The rows live in buffers of fixed size: rows that have left
-are computed along until new ones take their places, or until more come than there are places.
+are computed along until new ones take their places.
 """
 
 from __future__ import annotations
@@ -41,57 +41,25 @@ def capture_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
 
 
 class GraphStep:
-    """A `Step` that replays a recording of the model's. Each recording is compared with a call of the model first.
+    """A `Step` that replays a recording of the model's, which is compared with a call of the model first.
 
     Args:
+        places: most rows at once.
         capture: records a function on fixed tensors and returns its replay.
 
     Raises:
-        GraphError: from `extend`, where the recording fails or gives other results.
+        GraphError: the recording fails or gives other results.
     """
 
-    def __init__(self, model: LanguageModel, capture: Capture = capture_cuda_graph) -> None:
-        self._model, self._capture = model, capture
-        self._rows = 0
-        self._state: LSTMState | None = None  # of as many rows as there are places
-        self._tokens = self._logits = torch.empty(0)
-        self._replay: Callable[[], None] | None = None
-
-    @property
-    def recurrent(self) -> LSTMState:
-        assert self._state is not None
-        return self._state.map(lambda tensor: tensor[: self._rows])
-
     @torch.inference_mode()
-    def extend(self, more: LSTMState) -> None:
-        first, rows = self._rows, self._rows + more.batch_size
-        if self._state is None or rows > self._state.batch_size:
-            self._record(LSTMState.cat([self.recurrent, more]) if first else more.clone())
-        else:
-            for place, value in zip(_tensors(self._state), _tensors(more), strict=True):
-                place[first:rows] = value
-        self._rows = rows
-
-    def select(self, rows: Tensor) -> None:
-        assert self._state is not None
-        kept = self.recurrent.select(rows)
-        self._rows = len(rows)
-        for place, value in zip(_tensors(self._state), _tensors(kept), strict=True):
-            place[: self._rows] = value
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        assert self._replay is not None
-        self._tokens[: self._rows] = tokens
-        self._replay()
-        return self._logits[: self._rows]
-
-    def _record(self, start: LSTMState) -> None:
-        """Record a step over buffers that hold `start`, and try it."""
-        self._state, self._tokens = start.clone(), torch.zeros(start.batch_size, dtype=torch.int64, device=start.device)
+    def __init__(self, model: LanguageModel, places: int, capture: Capture = capture_cuda_graph) -> None:
+        self._model, self._rows = model, 0
+        start = model.zero_state(places).map(_spread)
+        self._state, self._tokens = start.clone(), torch.arange(places, device=start.device) % model.config.vocab_size
         try:
-            expected, after = model_step(self._model, self._tokens, start)
+            expected, after = model_step(model, self._tokens, start)
             self._logits = torch.empty_like(expected)
-            self._replay = self._capture(self._one_step)
+            self._replay = capture(self._one_step)
         except RuntimeError as error:
             raise GraphError(f"recording the step failed ({str(error).splitlines()[0]})") from error
         self._set(start)
@@ -101,18 +69,42 @@ class GraphStep:
         for got, wanted in pairs:
             if not torch.allclose(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
                 raise GraphError("the recorded step gives other results than the model")
-        self._set(start)
+
+    @property
+    def recurrent(self) -> LSTMState:
+        return self._state.map(lambda tensor: tensor[: self._rows])
+
+    @torch.inference_mode()
+    def extend(self, more: LSTMState) -> None:
+        first, self._rows = self._rows, self._rows + more.batch_size
+        assert self._rows <= self._state.batch_size, "more rows than places"
+        for place, value in zip(_tensors(self._state), _tensors(more), strict=True):
+            place[first : self._rows] = value
+
+    def select(self, rows: Tensor) -> None:
+        kept = self.recurrent.select(rows)
+        self._rows = len(rows)
+        for place, value in zip(_tensors(self._state), _tensors(kept), strict=True):
+            place[: self._rows] = value
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._tokens[: self._rows] = tokens
+        self._replay()
+        return self._logits[: self._rows]
 
     def _one_step(self) -> None:
-        assert self._state is not None
         logits, after = model_step(self._model, self._tokens, self._state)
         self._logits.copy_(logits)
         self._set(after)
 
     def _set(self, state: LSTMState) -> None:
-        assert self._state is not None
         for place, value in zip(_tensors(self._state), _tensors(state), strict=True):
             place.copy_(value)
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """Other values of this shape for a trial: from -1 to 1, none of which leaves out a weight."""
+    return torch.linspace(-1, 1, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view_as(tensor)
 
 
 def _tensors(state: LSTMState) -> tuple[Tensor, ...]:

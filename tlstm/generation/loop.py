@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
-from tlstm.generation.model_step import Step
-from tlstm.generation.rows import FinishReason, Rows, state_of
 from tlstm.generation.state import GenerationState
-from tlstm.generation.stopping import StopStrings
+from tlstm.generation.texts import FinishReason, TextRows, state_of
 
 
 @dataclass
@@ -37,26 +35,14 @@ class Timings:
 class DecodeLoop:
     """Texts that grow together, by greedy choice or sampling, until each has ended.
 
-    Rows that end leave the batch at once, so the work of a step is that of the texts still unfinished.
-
     Args:
-        step: a fresh one of the model.
+        rows: where they grow, empty so far.
         state: where the texts stand; with seeds, if the config samples.
-        deadline: `time.perf_counter()` value after which every text ends, or None.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        state: GenerationState,
-        config: GenerationConfig,
-        *,
-        stop: StopStrings | None = None,
-        deadline: float | None = None,
-    ) -> None:
-        self._config, self._start = config, state
-        self._rows = Rows(step, config, state.vocab_size, state.recurrent.device, stop=stop, deadline=deadline)
-        self._texts = self._rows.add(state)
+    def __init__(self, rows: TextRows, state: GenerationState, config: GenerationConfig) -> None:
+        self._rows, self._config, self._vocab_size = rows, config, state.vocab_size
+        self._texts = rows.add(state)
         self._number = {id(text): number for number, text in enumerate(self._texts)}
         self.new_tokens: list[list[int]] = [text.new_tokens for text in self._texts]
         self.scores: list[Tensor] = []
@@ -78,7 +64,7 @@ class DecodeLoop:
         return self._rows.seconds
 
     def step(self) -> list[int | None]:
-        """Make the next token of every unfinished text; one entry per text, `None` where it had ended before."""
+        """The next token of every unfinished text that has a place; one entry per text, `None` for the others."""
         rows = self._rows
         rows.step()
         if self._config.output_scores:
@@ -99,4 +85,4 @@ class DecodeLoop:
 
     def state(self) -> GenerationState:
         """Where all texts stand now, ended ones included; may be asked between any two steps."""
-        return state_of(self._texts, self._rows, self._start.vocab_size)
+        return state_of(self._texts, self._rows, self._vocab_size)

@@ -13,8 +13,8 @@ from tlstm.generation.decoders import DecoderChoice
 from tlstm.generation.loop import Timings
 from tlstm.generation.prefill import fill_id
 from tlstm.generation.request import Request
-from tlstm.generation.rows import FinishReason
 from tlstm.generation.state import GenerationState
+from tlstm.generation.texts import FinishReason
 
 
 @dataclass

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
-from tlstm.generation.decoders import DecoderChoice, TokenDecoder, choose_decoder
+from tlstm.generation.decoders import DecoderChoice, choose_decoder
 from tlstm.generation.inputs import TokenIds, resolve_config
-from tlstm.generation.loop import Timings
+from tlstm.generation.loop import DecodeLoop, Timings
 from tlstm.generation.prefill import LanguageModel, read_texts
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import Decoder, StopStrings
@@ -31,8 +31,8 @@ class Request:
     timings: Timings
     decoder: str
 
-    def start(self, model: LanguageModel) -> tuple[TokenDecoder, DecoderChoice]:
-        """The decoder that serves it."""
+    def start(self, model: LanguageModel) -> tuple[DecodeLoop, DecoderChoice]:
+        """The texts, about to grow, and the way in which they do."""
         return choose_decoder(
             model, self.state, self.config, stop=self.stop, deadline=self.deadline, wanted=self.decoder
         )
