@@ -179,6 +179,57 @@ def test_what_is_no_checkpoint_is_neither_pushed_nor_pulled(hub, tlstm, name: st
     assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "model"), model)
 
 
+@pytest.mark.parametrize(
+    ("link", "leads_to"),
+    [
+        ("notes.txt", "../secret.txt"),
+        ("notes.txt", "../model-and-more/secret.txt"),  # a name that begins like the folder's
+        ("notes.txt", ".git/config"),
+        ("figures/loss.png", "../../secret.txt"),
+        ("figures", "../others"),
+        ("blobs", "../others"),
+    ],
+)
+def test_links_out_of_the_folder_are_not_pushed(
+    hub, tlstm, name: str, tmp_path: Path, link: str, leads_to: str
+) -> None:
+    folder = tmp_path / "model"
+    saved(folder)
+    for secret in ("secret.txt", "model-and-more/secret.txt", "others/secret.txt", "model/.git/config"):
+        (tmp_path / secret).parent.mkdir(exist_ok=True)
+        (tmp_path / secret).write_text("password")
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(leads_to)
+    code, _, err = tlstm("push", folder, name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a link to" in err
+    assert name not in hub.repos
+    (folder / link).unlink()
+    assert tlstm("push", folder, name)[0] == 0  # hidden files without a link to them are simply left out
+    assert hub.repos[name].names() == FILES | {".gitattributes"}
+
+
+def test_links_of_the_hubs_cache_and_within_a_folder_are_followed(hub, tlstm, name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path / "model")
+    cache = tmp_path / "models--user--name"
+    snapshot, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(path for path in (tmp_path / "model").iterdir() if path.name[0] != "."):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "copy.json").symlink_to("config.json")
+    (tmp_path / "short").symlink_to(snapshot)  # the folder itself may be named by a link
+    assert tlstm("push", tmp_path / "short", name)[0] == 0
+    assert hub.repos[name].names() == FILES | {"copy.json", ".gitattributes"}
+    assert tlstm("pull", name, tmp_path / "pulled")[0] == 0
+    assert_same_model(LSTMForCausalLM.from_pretrained(tmp_path / "pulled"), model)
+    (cache / "secret.txt").write_text("password")
+    (snapshot / "notes.txt").symlink_to("../../secret.txt")
+    code, _, err = tlstm("push", snapshot, name)
+    assert (code, "a link to" in err) == (2, True)
+
+
 def test_a_server_that_is_gone_is_told_in_one_line(hub, tlstm, name: str, tmp_path: Path) -> None:
     saved(tmp_path / "model")
     hub.stop()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,13 +138,49 @@ def _copy(view: FolderView, target: Path, variant: str | None) -> None:
     """
     shutil.rmtree(target, ignore_errors=True)  # of an attempt during which the folder changed
     target.mkdir()
-    nested = (path.relative_to(view.folder).as_posix() for path in view.folder.glob("*/**/*") if path.is_file())
-    for name in [*view.names(), *nested]:
-        path = view.path(name)
-        if path is None or any(part.startswith(".") for part in Path(name).parts) or _is_other(name, variant):
+    for name in [*view.names(), *_nested(view.folder)]:
+        if any(part.startswith(".") for part in Path(name).parts) or _is_other(name, variant):
             continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
+        path = view.path(name)
+        if path is not None:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_checked(path, view.folder), target / name)
+
+
+def _nested(folder: Path) -> Iterator[str]:
+    """Names of the files in the folders of `folder`. Links to folders are not followed, which may lead anywhere."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if Path(parent, name).is_symlink():
+                raise ValueError(
+                    f"{Path(parent, name)}: a link to a folder, which is not pushed; copy the folder there"
+                )
+        if Path(parent) != folder:
+            yield from (Path(parent, name).relative_to(folder).as_posix() for name in sorted(files))
+
+
+def _checked(path: Path, folder: Path) -> Path:
+    """The file that `path`, of a checkpoint in `folder`, leads to.
+
+    A folder that somebody else made may have links to files of this machine that are no part of a model, to publish
+    which is not what the user asked for. Links within the folder and those of the Hub's cache, which keeps the files of
+    `snapshots/<revision>` in `blobs`, are followed.
+
+    Raises:
+        ValueError: a link leads to a file elsewhere, or to a hidden one.
+    """
+    root, real = folder.resolve(), path.resolve()
+    if real == root / path.relative_to(folder):
+        return real
+    within = real.is_relative_to(root) and not any(part.startswith(".") for part in real.relative_to(root).parts)
+    in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    if not within and not in_cache:
+        raise ValueError(
+            f"{path}: a link to {real}, which is no file of the folder, and is not pushed; remove the link, or copy "
+            "the file there"
+        )
+    return real
 
 
 def _is_other(name: str, variant: str | None) -> bool:
