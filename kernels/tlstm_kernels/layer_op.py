@@ -21,6 +21,7 @@ from .layer_weights import split_weights, weight_kinds
 from .positions import valid_positions, zero_padding
 from .projection import projected_layer
 from .reference_function import lstm
+from .tracing import is_exporting
 from .zoneout import Zoneout, zoneout_of
 
 
@@ -89,7 +90,7 @@ def lstm_layer(
     keep = "nothing"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, h_0, c_0, *given, *weights)):
         keep = "states" if recompute else "gates"
-    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    traced = torch.compiler.is_compiling() and not is_exporting()
     if backend == "reference" and not (traced or recompute or with_cells):
         kept = zoneout_of(zoneout_h, zoneout_c, zoneout_seed)
         return *_reference_layer(x, h_0, c_0, weights, lengths, kept, *anew), None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tlstm_kernels.layer_weights import dense_recurrent
+from tlstm_kernels.tracing import is_exporting
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,7 @@ def run_native(
     if options.drops and call.dropout_seed is not None:
         return run_layers(run_native, x, hx, weights, options, call)  # torch's stack draws its masks itself
     weights = _dense(weights, options)
-    run = _recomputed if options.recompute and not torch.compiler.is_exporting() else _run
+    run = _recomputed if options.recompute and not is_exporting() else _run
     y, state = _outside_graph(run, x, hx, weights, options, call)
     return Result(y, state)
 
@@ -58,7 +59,7 @@ def _dense(weights: Weights, options: LSTMOptions) -> Weights:
 
 def _outside_graph(run: Callable[..., tuple[Tensor, State]], *args: Any) -> tuple[Tensor, State]:
     """Run torch's LSTM, under torch.compile outside the compiled graph: inside, each step would be traced apart."""
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling() and not is_exporting():
         return _disabled(run, *args)
     return run(*args)
 
@@ -81,7 +82,7 @@ def _run_native(
             x, hx, weights, options.bias, options.num_layers, dropout, training, options.bidirectional, batch_first
         )
         return y, (h_n, c_n)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise BackendUnavailableError(
             "backend 'native' cannot be exported with lengths: it packs the batch by their values. "
             "Export with backend='reference', or without lengths."
@@ -130,7 +131,7 @@ def _run_native_with_resets(
 ) -> tuple[Tensor, State]:
     """What follows a reset depends on nothing before it: every piece is a sequence of its own in one packed batch."""
     assert call.resets is not None
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise BackendUnavailableError(
             "backend 'native' cannot be exported with resets: it cuts the batch by their values. "
             "Export with backend='reference', or without resets."
