@@ -37,7 +37,10 @@ MORE = (
     ((512,) * 2, 10_000, 8, "bfloat16", SAMPLING),
     ((512,) * 2, 1000, 8, "float32", FILTERING),
 )
-PLAN = ("programs", "rows", "groups", "units", "block_k", "block_v", "num_warps", "keep_tile", "on_chip", "mode")
+PLAN = (
+    *("programs", "rows", "groups", "units", "block_k", "block_v", "num_warps", "split_k"),
+    *("keep_tile", "on_chip", "mode"),
+)
 FIGURES = ("registers", "spills", "shared_memory", "matrix_instructions", "weights_outside_loop")
 COLUMNS = [
     *("gpu", "target", "widths", "vocabulary", "streams", "dtype", "choice", *PLAN),
@@ -97,8 +100,11 @@ def describe(plan: DecodePlan, gpu: GPU) -> dict[str, str]:
 
 
 def source_hash() -> str:
-    """Short hash of the kernel's source without its comments: figures of another source are old."""
-    files = ("cell", "exchange", "decode", "decode_exchange", "decode_layers", "decode_sampling")
+    """Short hash of the source of the kernel and its options without comments: figures of another source are old."""
+    files = (
+        *("cell", "exchange", "persistent_backward"),
+        *("decode", "decode_exchange", "decode_launch", "decode_layers", "decode_sampling"),
+    )
     folder = ROOT / "kernels" / "tlstm_kernels"
     code = "".join(ast.dump(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in files)
     return hashlib.sha256(code.encode()).hexdigest()[:10]

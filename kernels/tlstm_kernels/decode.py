@@ -98,6 +98,7 @@ def decode_kernel(
     KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr,  # programs that send keys in mode "reduce", and the power of two
     ROW_V: tl.constexpr,  # power of two >= V in the modes that look at whole rows of logits
     KEEP_TILE: tl.constexpr,  # 1: h stays in registers from wait to both products; 0: a chunk at a time, for many rows
+    SPLIT_K: tl.constexpr,  # power of two: the warps share the columns of a chunk in so many parts
     MODE: tl.constexpr,
     SAMPLE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, MAX_SPINS: tl.constexpr,
@@ -128,21 +129,22 @@ def decode_kernel(
         cs = cs + (tl.load(c_in_ptr + own, mask=mask, other=0.0).to(tl.float32),)  # noqa: RUF005
         h_rows = h_in_ptr + rows.to(tl.int64) * STRIDE + COLUMNS[layer]
         r = first_product(
-            w_ptr + OFFSETS[2 * layer], h_rows, active, 4 * UNITS[layer], WIDTHS[layer], BLOCK_K, INPUT_PRECISION
-        )
+            w_ptr + OFFSETS[2 * layer], h_rows, active, steps,
+            4 * UNITS[layer], WIDTHS[layer], BLOCK_K, INPUT_PRECISION,
+        )  # fmt: skip
         recurrent = recurrent + (r,)  # noqa: RUF005
 
-    # Weights that stay on the chip, as chunks (outputs, BLOCK_K): the matrices in order, the head last.
+    # Weights that stay on the chip, as chunks: the matrices in order, the head last.
     kept = ()
     for m in tl.static_range(2 * L - 1):
         if KEPT[m] >= 0:
             for n in tl.static_range((WIDTHS[m // 2] + BLOCK_K - 1) // BLOCK_K):
-                w = load_weights(w_ptr + OFFSETS[m], n, 4 * UNITS[(m + 1) // 2], WIDTHS[m // 2], BLOCK_K)
+                w = load_weights(w_ptr + OFFSETS[m], n, 4 * UNITS[(m + 1) // 2], WIDTHS[m // 2], BLOCK_K, SPLIT_K)
                 kept = kept + (w,)  # noqa: RUF005  (the compiler has no unpacking)
     if KEPT[2 * L - 1] >= 0:
         for n in tl.static_range((WIDTHS[L - 1] + BLOCK_K - 1) // BLOCK_K):
             ids = program * BLOCK_V + tl.arange(0, BLOCK_V)
-            kept = kept + (load_head(head_ptr, ids, n, V, WIDTHS[L - 1], BLOCK_K),)  # noqa: RUF005
+            kept = kept + (load_head(head_ptr, ids, n, V, WIDTHS[L - 1], BLOCK_K, SPLIT_K),)  # noqa: RUF005
 
     for step in range(steps):
         slot = (step * B + rows).to(tl.int64)  # (BLOCK_B,) rows of the (steps, B, ...) tensors
@@ -171,7 +173,7 @@ def decode_kernel(
             if KEEP_TILE and layer > 0:
                 r = product_loaded_again(
                     kept, KEPT[2 * layer - 2], w_ptr + OFFSETS[2 * layer - 2], h_rows + COLUMNS[layer - 1], active,
-                    4 * UNITS[layer - 1], WIDTHS[layer - 1], BLOCK_K, INPUT_PRECISION,
+                    4 * UNITS[layer - 1], WIDTHS[layer - 1], BLOCK_K, SPLIT_K, INPUT_PRECISION,
                 )  # fmt: skip
                 new_recurrent = new_recurrent + (r,)  # noqa: RUF005
 
@@ -192,13 +194,15 @@ def decode_kernel(
                 else:
                     xs = tile
                 if layer + 1 < L:
-                    z = product(z, kept, KEPT[2 * layer + 1], above_ptr, xs, WIDTHS[layer], BLOCK_K, INPUT_PRECISION)
+                    z += product(
+                        kept, KEPT[2 * layer + 1], above_ptr, xs,
+                        4 * UNITS[layer + 1], WIDTHS[layer], BLOCK_K, SPLIT_K, INPUT_PRECISION,
+                    )  # fmt: skip
             else:
-                r = tl.zeros((4 * UNITS[layer], BLOCK_B), tl.float32)
                 z, r = receive_and_multiply(
-                    z, r, kept, KEPT[2 * layer + 1], above_ptr, KEPT[2 * layer], w_ptr + OFFSETS[2 * layer],
-                    h_rows, active, error_ptr, stage, layer, SUM_FROM[layer], layer + 1 < L,
-                    COLUMNS, WIDTHS[layer], BLOCK_K, INPUT_PRECISION, MAX_SPINS,
+                    z, kept, KEPT[2 * layer + 1], above_ptr, KEPT[2 * layer], w_ptr + OFFSETS[2 * layer],
+                    h_rows, active, error_ptr, stage, layer, SUM_FROM[layer], layer + 1 < L, 4 * UNITS[layer],
+                    COLUMNS, WIDTHS[layer], BLOCK_K, SPLIT_K, INPUT_PRECISION, MAX_SPINS,
                 )  # fmt: skip
                 new_recurrent = new_recurrent + (r,)  # noqa: RUF005
 
@@ -212,7 +216,7 @@ def decode_kernel(
             ids = first + tl.arange(0, BLOCK_V)
             logits = head_logits(
                 kept, KEPT[2 * L - 1], head_ptr, head_bias_ptr, ids, xs, h_rows, active, KEEP_TILE,
-                L - 1, SUM_FROM[L - 1], COLUMNS, V, WIDTHS[L - 1], BLOCK_B, BLOCK_K, INPUT_PRECISION,
+                L - 1, SUM_FROM[L - 1], COLUMNS, V, WIDTHS[L - 1], BLOCK_B, BLOCK_K, SPLIT_K, INPUT_PRECISION,
             )  # fmt: skip
             logits = processed_logits(
                 logits, ids, token, made >= least, active, rows, flags_ptr, seen_ptr, penalty, temperature, V, SAMPLE
@@ -229,7 +233,7 @@ def decode_kernel(
         if KEEP_TILE:
             r = product_loaded_again(
                 kept, KEPT[2 * L - 2], w_ptr + OFFSETS[2 * L - 2], h_rows + COLUMNS[L - 1], active,
-                4 * UNITS[L - 1], WIDTHS[L - 1], BLOCK_K, INPUT_PRECISION,
+                4 * UNITS[L - 1], WIDTHS[L - 1], BLOCK_K, SPLIT_K, INPUT_PRECISION,
             )  # fmt: skip
             new_recurrent = new_recurrent + (r,)  # noqa: RUF005
 

@@ -36,4 +36,4 @@ def compile_decode_plan(plan: DecodePlan, gpu: GPU, penalty: bool = False) -> Co
         (n,): [["tt.divisibility", 16]] for n, name in enumerate(decode_kernel.arg_names) if signature[name][0] == "*"
     }
     source = ASTSource(fn=decode_kernel, signature=signature, constexprs=fixed, attrs=aligned)
-    return figures_of(source, gpu, compile_options(plan))
+    return figures_of(source, gpu, compile_options(plan, gpu.is_amd))

@@ -34,7 +34,8 @@ def give_up(error_ptr, step, row, column):
 
 
 @triton.jit
-def receive_chunk(
+def received(
+    words,  # what `load_words` found of this chunk some time ago
     row_pointers, exchanged,  # (BLOCK_B,) where rows start, and which of them to wait for; the others are zero
     n,
     error_ptr, step,
@@ -42,7 +43,6 @@ def receive_chunk(
 ):  # fmt: skip
     """Columns n * BLOCK_K onwards of the rows, once they are all written: (BLOCK_B, BLOCK_K) values."""
     DTYPE: tl.constexpr = row_pointers.dtype.element_ty
-    words = load_words(row_pointers, exchanged, n, WIDTH, WIDTH, WIDTH, BLOCK_K)
     missing = tl.max(tl.max((sentinel_bits(words, DTYPE) != 0).to(tl.int32), axis=1), axis=0)
     spins_left = spins_for(error_ptr, MAX_SPINS)
     while missing != 0 if MAX_SPINS == 0 else (missing != 0) & (spins_left > 0):

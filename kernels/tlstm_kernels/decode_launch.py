@@ -191,7 +191,7 @@ class DecodeSession:
         plan = self.plan
         with torch.cuda.device_of(self._h):
             try:
-                kernel[grid](**arguments, **compile_options(plan))
+                kernel[grid](**arguments, **compile_options(plan, torch.version.hip is not None))
             except OutOfResources as error:
                 too_large.add(plan)
                 raise PlanTooLargeError(f"plan: the compiled decode kernel does not fit: {error}") from error
@@ -204,11 +204,14 @@ class DecodeSession:
                 ) from error
 
 
-def compile_options(plan: DecodePlan) -> dict[str, Any]:
+def compile_options(plan: DecodePlan, is_amd: bool = False) -> dict[str, Any]:
     """The options of Triton's compiler. A grid that waits for itself is launched as a whole: what does not fit on the
     GPU at once is refused, not stuck.
     """
-    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.programs > 1}
+    # One program runs on each multiprocessor, so that its threads may have all the registers there are: the assembler
+    # would rather spill some than pass what allows for a second program.
+    registers = {} if is_amd else {"maxnreg": 255}
+    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.programs > 1, **registers}
 
 
 def _unwritten(like: Tensor, *shape: int) -> Tensor:

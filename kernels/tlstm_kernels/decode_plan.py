@@ -33,6 +33,9 @@ MOST_CHUNKS = 16
 MOST_FILTERED = 1 << 12  # token ids of a row that one program holds in registers, to filter it
 L2_BYTES_PER_PROGRAM = 64  # that one multiprocessor reads from the L2 cache in a clock
 WAIT_CLOCKS = 500  # until a chunk has come from the L2 cache and all warps know that it is whole
+NEXT_CLOCKS = 150  # the same for a chunk that was asked for before the last one was used
+SUM_CLOCKS = 40  # to add one warp's part of a split contraction, through shared memory
+MOST_SPLIT_ROWS = 16  # the parts of a sum of more rows take too much of the shared memory
 MOST_BY_EVERYONE = 2  # streams that every program filters for itself, one after another, to save a trip
 
 
@@ -93,20 +96,23 @@ def choose_decode_plan(
 
 def _candidates(shape: DecodeShape, choice: Choice, streams: int, gpu: GPU) -> Iterator[DecodePlan]:
     widest = max(shape.widths)
-    for units, rows, block_k, num_warps, keep_tile in product(UNITS, ROWS, BLOCK_K, (4, 8), (1, 0)):
+    for units, rows, block_k, num_warps, keep_tile, split in product(UNITS, ROWS, BLOCK_K, (4, 8), (1, 0), (1, 0)):
         programs = -(-widest // units)
         if rows >= 2 * max(streams, gpu.smallest_rows) or rows < gpu.smallest_rows or units >= 2 * widest:
             continue
         if programs * -(-streams // rows) > gpu.multiprocessors or widest > MOST_CHUNKS * block_k:
+            continue
+        if split and (rows > MOST_SPLIT_ROWS or block_k < 16 * num_warps):
             continue
         block_v = min(64, max(16, next_power_of_two(-(-shape.vocab_size // programs))))
         mode = "reduce"
         if choice.filters:
             mode = "everyone" if streams <= MOST_BY_EVERYONE else "owner"
         matrices = 2 * shape.layers
+        split_k = num_warps if split else 1
         plan = DecodePlan(
             shape, choice, streams, programs, rows, block_k, block_v, num_warps, keep_tile, (False,) * matrices, mode,
-            gpu.name,
+            split_k, gpu.name,
         )  # fmt: skip
         if fits_registers(plan) and shared_memory_bytes(plan) <= gpu.shared_memory:
             yield _filled(plan, gpu, [*range(1, matrices, 2), *range(0, matrices, 2)])
@@ -139,7 +145,7 @@ def shared_memory_bytes(plan: DecodePlan) -> int:
     streamed = [matrix_bytes(plan, m) // (plan.padded(m) // plan.block_k) for m, h in enumerate(plan.on_chip) if not h]
     widest = max(plan.padded(m) for m in range(len(plan.on_chip)))
     tile = plan.rows * (widest if plan.keep_tile else 2 * plan.block_k) * size
-    moved = 4 * max(*plan.units, plan.block_v // 4) * plan.rows * 4
+    moved = 4 * max(*plan.units, plan.block_v // 4) * plan.rows * 4 * plan.split_k
     return kept + tile + max(streamed, default=0) + moved + 4 * KIB
 
 
@@ -150,6 +156,8 @@ def fits_registers(plan: DecodePlan) -> bool:
     words = plan.rows * widest * ITEM_SIZE[plan.shape.dtype] / 4 / threads
     if plan.keep_tile and (words > 32 or plan.rows > 8):
         return False
+    if not plan.keep_tile and plan.rows * plan.block_k * ITEM_SIZE[plan.shape.dtype] / 4 / threads > 8:
+        return False  # words of the chunk that is used, and as many of the next one
     exact = plan.shape.dtype == "float32" and plan.shape.precision != "tf32"
     if exact and (plan.keep_tile or plan.block_k > 64):
         return False  # no matrix unit takes these products: a thread holds all operands of a chunk
@@ -184,13 +192,15 @@ def token_cost(plan: DecodePlan, gpu: GPU) -> TokenCost:
     shared = gpu.us(sum(parts) / 128)
 
     depth = {2: 16, 4: 8}[size]
-    chains = [plan.padded(m) / depth * MATRIX_LATENCY * n for m, n in enumerate(times)]
+    sums = SUM_CLOCKS * (plan.split_k - 1)
+    chains = [(plan.padded(m) / depth / plan.split_k * MATRIX_LATENCY + sums) * n for m, n in enumerate(times)]
     rate = 128 if shape.dtype == "float32" and shape.precision == "ieee" else gpu.matrix_macs_per_clock
     products = [max(chain, part / size * plan.rows / rate) for chain, part in zip(chains, parts, strict=True)]
     matrix = gpu.us(sum(products))
 
-    # A chunk that is waited for alone is a trip through the L2 cache of its own.
-    waits = 0 if plan.keep_tile else WAIT_CLOCKS * sum(plan.padded(2 * n) // plan.block_k for n in range(shape.layers))
+    # Chunk by chunk, a layer's first one is a trip through the L2 cache of its own.
+    chunks = sum(plan.padded(2 * layer) // plan.block_k for layer in range(shape.layers))
+    waits = 0 if plan.keep_tile else WAIT_CLOCKS * shape.layers + NEXT_CLOCKS * (chunks - shape.layers)
     per_layer = 350 + 60 * max(plan.units) * plan.rows / (32 * plan.num_warps)
     choosing = 400.0 + 300 * plan.block_v * plan.rows * plan.head_blocks / (32 * plan.num_warps) * plan.choice.sample
     if plan.choice.filters:

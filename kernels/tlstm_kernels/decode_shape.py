@@ -88,6 +88,7 @@ class DecodePlan:
     keep_tile: int
     on_chip: tuple[bool, ...]  # per matrix, in the order of `DecodeShape.inputs`
     mode: str
+    split_k: int = 1  # parts of a contraction that different warps add up: 1, or a power of two up to num_warps
     gpu: str = ""
     cost: Any = field(default=None, compare=False)
 
@@ -174,6 +175,7 @@ class DecodePlan:
             "BLOCK_KEYS": next_power_of_two(max(self.keys, 1)),
             "ROW_V": 1 if self.mode == "reduce" else max(4, next_power_of_two(shape.vocab_size)),
             "KEEP_TILE": self.keep_tile,
+            "SPLIT_K": self.split_k,
             "MODE": self.mode,
             "SAMPLE": int(self.choice.sample),
             "TOP_K": int(self.choice.top_k),

@@ -44,6 +44,7 @@ class DecodeCase:
     block_k: int = 8
     block_v: int = 16
     keep_tile: int = 1
+    split_k: int = 1
     on_chip: tuple[bool, ...] | None = None  # None: all that may be
     mode: str | None = None  # None: "reduce", or "owner" for what looks at whole rows of logits
     slots: int | None = None  # None: one for each text
@@ -68,8 +69,9 @@ class DecodeCase:
         on_chip = self.on_chip or (True,) * (2 * shape.layers - 1) + (head_fits,)
         mode = self.mode or ("owner" if choice.filters else "reduce")
         return DecodePlan(
-            shape, choice, slots, self.programs, self.rows, self.block_k, self.block_v, 4, self.keep_tile, on_chip, mode
-        )
+            shape, choice, slots, self.programs, self.rows, self.block_k, self.block_v, 4, self.keep_tile, on_chip,
+            mode, self.split_k,
+        )  # fmt: skip
 
     def prompts(self) -> list[list[int]]:
         return [[(3 * text + place) % self.V for place in range(1 + text % 3)] for text in range(self.B)]

@@ -24,6 +24,18 @@ CASES = {
     "every filter, everyone": replace(SMALL, mode="everyone", settings=FILTERS, steps=3),
     "ends": replace(SMALL, B=5, rows=4, settings={"eos_token_id": [2, 7]}, chunk=4, steps=6),
 }
+# As small as the protocol allows, so that a schedule takes a tenth of a second: two programs, two or three steps.
+TINY = DecodeCase(widths=(8,), V=13, steps=3)
+TINIES = {
+    "one layer": TINY,
+    "two layers, sampled": replace(TINY, widths=(7, 7), steps=2, settings=SAMPLING),
+    "chunk by chunk": replace(TINY, keep_tile=0, steps=2, widths=(9, 9), model={"residual": True}),
+    "two groups, ends": replace(TINY, B=2, rows=1, settings={"eos_token_id": [2, 7]}),
+    "keys of both programs": replace(TINY, V=23, settings=SAMPLING),
+    "filtered by owners": replace(TINY, B=2, rows=2, steps=2, settings={"do_sample": True, "min_p": 0.05}),
+    "filtered by everyone": replace(TINY, mode="everyone", settings={"do_sample": True, "min_p": 0.05}),
+    "contraction in two parts": replace(TINY, widths=(33, 7), steps=2, block_k=32, split_k=2),
+}
 # More of everything, one schedule each on every commit.
 LARGER = {
     "five streams, 65 tokens": replace(SMALL, V=65, B=5, rows=4, widths=(7, 7), settings=SAMPLING),
@@ -40,6 +52,12 @@ LARGER = {
     ),
     "penalty on a prompt": replace(SMALL, B=3, rows=2, settings={"repetition_penalty": 1.7}),
     "half precision, sampled": replace(SMALL, dtype=torch.float16, widths=(10, 6), settings=SAMPLING, B=2, rows=2),
+    "contraction in four parts, chunk by chunk": replace(
+        SMALL, widths=(70, 65), block_k=64, split_k=4, keep_tile=0, steps=2, model={"residual": True}, settings=SAMPLING
+    ),
+    "contraction in four parts": replace(
+        SMALL, widths=(65, 70), block_k=64, split_k=4, B=2, rows=2, steps=2, on_chip=(True, True, False, True)
+    ),
     "fewer slots than texts": replace(
         SMALL, B=5, slots=2, rows=2, settings={"eos_token_id": [2, 7], **SAMPLING}, steps=5, chunk=2
     ),
@@ -55,6 +73,11 @@ def run(case: DecodeCase, seeds) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_random_schedules(name):
     run(CASES[name], range(2))
+
+
+@pytest.mark.parametrize("name", TINIES)
+def test_many_schedules_of_the_smallest(name):
+    run(TINIES[name], range(22))
 
 
 @pytest.mark.parametrize("name", LARGER)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from tlstm_kernels.decode_plan import choose_decode_plan, refusal, shared_memory_bytes
+from tlstm_kernels.decode_plan import choose_decode_plan, refusal, shared_memory_bytes, token_cost
 from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
 from tlstm_kernels.decode_weights import ModelWeights, pack_weights
 from tlstm_kernels.gpu import KNOWN_GPUS
@@ -30,7 +31,17 @@ def test_a_chosen_plan_can_run(gpu):
         assert shared_memory_bytes(plan) <= gpu.shared_memory
         assert all(units * plan.programs >= width for units, width in zip(plan.units, widths, strict=True))
         assert plan.block_v * plan.head_blocks * plan.programs >= V
+        assert plan.split_k == 1 or plan.block_k >= 16 * plan.split_k, "a matrix instruction takes 16 columns"
         assert plan.cost.total > 0
+
+
+def test_the_warps_split_the_contraction_where_the_rows_are_few():
+    """With 8 rows there is one tile of output for two warps: the others would repeat its work."""
+    shape, gpu = DecodeShape((1024, 1024), 65, "bfloat16"), KNOWN_GPUS["H100"]
+    one, many = choose_decode_plan(shape, Choice(True), 1, gpu), choose_decode_plan(shape, Choice(True), 64, gpu)
+    assert one.split_k == one.num_warps
+    assert many.split_k == 1
+    assert token_cost(replace(one, split_k=1), gpu).matrix > 3 * one.cost.matrix
 
 
 def test_rows_of_the_vocabulary_are_filtered_in_one_trip_for_few_streams_and_in_two_for_many():
@@ -85,18 +96,18 @@ def test_the_committed_table_is_within_limits():
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} == {row["target"] for row in rows}
     for row in rows:
         assert int(row["shared_memory"]) <= min(int(row["shared_limit"]), int(row["shared_estimate"])), row
-        if row["target"].startswith("sm_"):  # on AMD GPUs, where rows spill more, the kernel is refused
-            assert int(row["spills"]) <= 64, row
+        # The widest tile and exact products, which take registers for all operands of a chunk, are short of a few.
+        allowed = 32 if row["streams"] == "64" or row["dtype"] == "float32" else 0
+        assert int(row["spills"]) <= allowed, row
 
 
 @pytest.mark.parametrize(("name", "widths", "choice"), [("H100", (128,), Choice(True)), ("A100", (64, 64), Choice())])
 def test_compiled_code(name, widths, choice):
-    """A few words may be spilled: the assembler takes 128 registers where it could take more, or all that there are."""
     ahead_of_time = pytest.importorskip("tlstm_kernels.decode_ahead_of_time", reason="needs triton's compiler")
     gpu = KNOWN_GPUS[name]
     plan = choose_decode_plan(DecodeShape(widths, 65, "float16"), choice, 1, gpu)
     figures = ahead_of_time.compile_decode_plan(plan, gpu)
-    assert figures.spills <= 64, figures
+    assert figures.spills == 0, figures
     assert figures.shared_memory <= shared_memory_bytes(plan), figures
     assert "mma" in figures.matrix_instructions, figures
     chunks = sum(plan.padded(m) // plan.block_k for m, here in enumerate(plan.on_chip) if here)
