@@ -4,7 +4,7 @@ All the programs of a plan run at the same time, so they are never more than the
 the chip is decided greedily, in two orders: first those that somebody waits for (W_ih, the head), or the head last; the
 others are streamed from the L2 cache, or from memory where they do not fit there. One step takes, in microseconds,
 
-    hops        L + 1 trips through the L2 cache, one more in mode "owner"; products of W_hh hide behind them
+    hop         L + 1 trips through the L2 cache, one more in mode "owner"; products of W_hh hide behind them
     broadcast   every program reads its streams' h of every layer, and what chooses the token
     weights     matrices that are streamed
     shared      matrices on the chip, read from shared memory, 128 bytes per clock
@@ -17,11 +17,11 @@ and these follow one another. No time of this model was measured: it ranks plans
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
-from .cost_model import ITEM_SIZE, MATRIX_LATENCY
+from .cost_model import ITEM_SIZE, MATRIX_LATENCY, StepCost
 from .decode_shape import Choice, DecodePlan, DecodeShape, next_power_of_two
 from .gpu import GPU, KIB
 
@@ -37,27 +37,6 @@ NEXT_CLOCKS = 150  # the same for a chunk that was asked for before the last one
 SUM_CLOCKS = 40  # to add one warp's part of a split contraction, through shared memory
 MOST_SPLIT_ROWS = 16  # the parts of a sum of more rows take too much of the shared memory
 MOST_BY_EVERYONE = 2  # streams that every program filters for itself, one after another, to save a trip
-
-
-@dataclass(frozen=True)
-class TokenCost:
-    """Microseconds of one step, term by term."""
-
-    hops: float
-    broadcast: float
-    weights: float
-    shared: float
-    matrix: float
-    gates: float
-
-    @property
-    def total(self) -> float:
-        return self.hops + self.broadcast + self.weights + self.shared + self.matrix + self.gates
-
-    def __str__(self) -> str:
-        names = ("hops", "broadcast", "weights", "shared", "matrix", "gates")
-        named = [f"{name} {getattr(self, name):.2f}" for name in names if getattr(self, name) >= 0.005]
-        return f"{self.total:.2f} us = {' + '.join(named)}"
 
 
 def refusal(shape: DecodeShape, choice: Choice, streams: int, gpu: GPU) -> str | None:
@@ -165,7 +144,7 @@ def fits_registers(plan: DecodePlan) -> bool:
     return states <= 8 and plan.block_v * plan.rows / threads <= 16
 
 
-def token_cost(plan: DecodePlan, gpu: GPU) -> TokenCost:
+def token_cost(plan: DecodePlan, gpu: GPU) -> StepCost:
     """The model's time of one token of every stream."""
     shape, size = plan.shape, ITEM_SIZE[plan.shape.dtype]
     programs = plan.programs * plan.groups
@@ -211,4 +190,4 @@ def token_cost(plan: DecodePlan, gpu: GPU) -> TokenCost:
     hops = gpu.hop_us * (shape.layers + 1 + (plan.mode == "owner"))
     if plan.keep_tile:
         hops -= min(gpu.hop_us * shape.layers, gpu.us(sum(products[0::2])))
-    return TokenCost(hops, broadcast, weights, shared, matrix, gpu.us(per_layer * shape.layers + choosing + waits))
+    return StepCost(hops, broadcast, weights, shared, matrix, gpu.us(per_layer * shape.layers + choosing + waits))
