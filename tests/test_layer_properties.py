@@ -36,9 +36,10 @@ class Case:
 
 
 @st.composite
-def cases(draw) -> Case:
+def layer_options(draw) -> dict:
+    """Arguments of torch.nn.LSTM."""
     H = draw(st.integers(1, 13))
-    options = {
+    return {
         "input_size": draw(st.integers(1, 9)),
         "hidden_size": H,
         "num_layers": draw(st.integers(1, 3)),
@@ -47,6 +48,11 @@ def cases(draw) -> Case:
         "bidirectional": draw(st.booleans()),
         "proj_size": draw(st.integers(0, H - 1)) if draw(st.booleans()) else 0,
     }
+
+
+@st.composite
+def cases(draw) -> Case:
+    options = draw(layer_options())
     form = draw(st.sampled_from(["dense", "unbatched", "lengths", "packed"]))
     T = draw(st.integers(1, 11))
     B = 1 if form == "unbatched" else draw(st.integers(1, 7))

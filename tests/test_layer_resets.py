@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layer_properties import FLOOR, error
+from test_layer_properties import FLOOR, error, layer_options
 from tlstm_kernels import ArgumentError
 from torch.nn.utils.rnn import pack_sequence
 
@@ -34,16 +34,7 @@ class Case:
 
 @st.composite
 def cases(draw) -> Case:
-    H = draw(st.integers(1, 13))
-    options = {
-        "input_size": draw(st.integers(1, 9)),
-        "hidden_size": H,
-        "num_layers": draw(st.integers(1, 3)),
-        "bias": draw(st.booleans()),
-        "batch_first": draw(st.booleans()),
-        "bidirectional": draw(st.booleans()),
-        "proj_size": draw(st.integers(0, H - 1)) if draw(st.booleans()) else 0,
-    }
+    options = draw(layer_options())
     T, B = draw(st.integers(1, 11)), draw(st.integers(1, 7))
     some = st.lists(st.integers(0, T), min_size=B, max_size=B).filter(any)  # no steps at all have a test of their own
     lengths = tuple(draw(some)) if draw(st.booleans()) else None

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from philox_answers import philox_in_python
 from reset_cases import LENGTHS, cell_of_gates, gradients, make_inputs
 from tlstm_kernels import lstm, lstm_backward, lstm_forward, zoneout
 from tlstm_kernels.zoneout import Zoneout, kept_units, zoneout_of
@@ -17,22 +18,12 @@ both_kinds = pytest.mark.parametrize("kind", [RANDOM, EXPECTED], ids=["random", 
 both_readings = pytest.mark.parametrize("reverse", [False, True])
 
 
-def philox_in_python(counter: list[int], seed: int) -> list[int]:
-    """The generator's definition on Python's own unbounded integers."""
-    c, k = list(counter), [seed % 2**32, seed >> 32 & 0xFFFFFFFF]
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * c[2], 2**32)
-        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
-        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
-    return c
-
-
 def shares_in_python(kind, t, row, unit, reverse):
     """How much of a unit's h and c a step keeps."""
     if kind.seed is None:
         return kind.h, kind.c
-    words = philox_in_python([unit, t, row, 2 if reverse else 1], int(kind.seed) % 2**64)
+    seed = int(kind.seed)
+    words = philox_in_python([unit, t, row, 2 if reverse else 1], [seed % 2**32, seed >> 32 & 0xFFFFFFFF])
     return float(words[0] < kind.h * 2**32), float(words[1] < kind.c * 2**32)
 
 
