@@ -11,9 +11,6 @@ source, compiler and plan that is there already is kept.
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +21,8 @@ from tlstm_kernels.decode_plan import choose_decode_plan, shared_memory_bytes
 from tlstm_kernels.decode_shape import Choice, DecodePlan, DecodeShape
 from tlstm_kernels.gpu import GPU, KNOWN_GPUS
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.compiled_table import is_same, read, source_hash, write
+
 TABLE = Path(__file__).parent / "results" / "compiled_decode.csv"
 TARGETS = ("H100", "A100", "B200", "MI300X")
 SAMPLING, FILTERING = Choice(True), Choice(True, True, True, True)
@@ -42,6 +40,10 @@ PLAN = (
     *("keep_tile", "on_chip", "mode"),
 )
 FIGURES = ("registers", "spills", "shared_memory", "matrix_instructions", "weights_outside_loop")
+SOURCE = (
+    *("cell", "exchange", "persistent_backward"),
+    *("decode", "decode_exchange", "decode_launch", "decode_layers", "decode_sampling"),
+)
 COLUMNS = [
     *("gpu", "target", "widths", "vocabulary", "streams", "dtype", "choice", *PLAN),
     *(*FIGURES, "shared_estimate", "shared_limit", "model_us", "triton", "source"),
@@ -67,12 +69,11 @@ def main() -> None:
             plan = choose_decode_plan(DecodeShape(widths, vocabulary, dtype), choice, streams, gpu)
             assert plan is not None, (name, widths, vocabulary, streams)
             row = describe(plan, gpu)
-            old = rows.get(key_of(row))
-            if old is not None and all(old[column] == row[column] for column in (*PLAN, "triton", "source")):
+            if is_same(rows.get(key_of(row)), row, PLAN):
                 continue
             figures = asdict(compile_decode_plan(plan, gpu))
             rows[key_of(row)] = row | {name: str(figures[name]) for name in FIGURES}
-            write(arguments.out, list(rows.values()))
+            write(arguments.out, COLUMNS, rows.values())
             print(*(f"{column}={rows[key_of(row)][column]}" for column in COLUMNS[:-2]), flush=True)
 
 
@@ -94,39 +95,13 @@ def describe(plan: DecodePlan, gpu: GPU) -> dict[str, str]:
         "shared_limit": gpu.shared_memory,
         "model_us": f"{plan.cost.total:.2f}",
         "triton": triton.__version__,
-        "source": source_hash(),
+        "source": source_hash(*SOURCE),
     }
     return {name: str(value) for name, value in about.items()}
 
 
-def source_hash() -> str:
-    """Short hash of the source of the kernel and its options without comments: figures of another source are old."""
-    files = (
-        *("cell", "exchange", "persistent_backward"),
-        *("decode", "decode_exchange", "decode_launch", "decode_layers", "decode_sampling"),
-    )
-    folder = ROOT / "kernels" / "tlstm_kernels"
-    code = "".join(ast.dump(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in files)
-    return hashlib.sha256(code.encode()).hexdigest()[:10]
-
-
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("gpu", "widths", "vocabulary", "streams", "dtype", "choice"))
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

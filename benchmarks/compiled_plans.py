@@ -10,8 +10,6 @@ as they come; a row that the table already has for the same kernel source, compi
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,13 +19,15 @@ from tlstm_kernels.gpu import GPU, KNOWN_GPUS
 from tlstm_kernels.launch_plan import KERNELS, LaunchPlan
 from tlstm_kernels.plan_choice import choose_plan
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.compiled_table import is_same, read, source_hash, write
+
 RESULTS = Path(__file__).parent / "results" / "compiled"
 TARGETS = ("A100", "H100", "B200", "MI300X")
 WIDTHS = (64, 128, 256, 512, 650, 768, 1024, 1536, 2048)
 BATCHES = (16, 64)
 DTYPES = ("bfloat16", "float32")
 TILES = ("regime", "units", "rows", "block_k", "num_warps", "split_k", "keep_tile")
+SOURCE = ("cell", "exchange", "steps", "zoneout_kernel", "persistent_forward", "persistent_backward", "kernel_calls")
 COLUMNS = [
     *("gpu", "target", "kernel", "dtype", "H", "B", *TILES, "programs", "groups", "launches"),
     *("registers", "spills", "shared_memory", "shared_limit", "matrix_instructions", "weights_outside_loop"),
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=("float16", "bfloat16", "float32"), default=DTYPES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    source = source_hash()
+    source = source_hash(*SOURCE)
     for name in arguments.gpu:
         gpu = KNOWN_GPUS[name]
         path = arguments.out / f"{gpu.arch}.csv"
@@ -55,12 +55,12 @@ def main() -> None:
                     for kernel in KERNELS:
                         plan = choose_plan(kernel, H, B, dtype, gpu)
                         row = describe(plan, gpu, source)
-                        if is_same(rows.get(key_of(row)), row):
+                        if is_same(rows.get(key_of(row)), row, TILES):
                             continue
                         plan, figures = settled_plan(kernel, H, B, dtype, gpu)
                         row = describe(plan, gpu, source)
                         rows[key_of(row)] = row | {name: str(value) for name, value in asdict(figures).items()}
-                        write(path, list(rows.values()))
+                        write(path, COLUMNS, sorted(rows.values(), key=order_of))
                         print(*(f"{k}={rows[key_of(row)][k]}" for k in COLUMNS[:-2]), flush=True)
 
 
@@ -74,34 +74,12 @@ def describe(plan: LaunchPlan, gpu: GPU, source: str) -> dict[str, str]:
     return {name: str(value) for name, value in known.items()}
 
 
-def source_hash() -> str:
-    """Short hash of the kernels' source: figures of another source are old."""
-    files = ("cell", "exchange", "steps", "zoneout_kernel", "persistent_forward", "persistent_backward", "kernel_calls")
-    folder = ROOT / "kernels" / "tlstm_kernels"
-    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in files)).hexdigest()[:10]
+def order_of(row: dict[str, str]) -> tuple[str, str, int, int]:
+    return row["kernel"], row["dtype"], int(row["H"]), int(row["B"])
 
 
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("kernel", "dtype", "H", "B"))
-
-
-def is_same(old: dict[str, str] | None, new: dict[str, str]) -> bool:
-    return old is not None and all(old[name] == new[name] for name in (*TILES, "triton", "source"))
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["kernel"], row["dtype"], int(row["H"]), int(row["B"]))))
 
 
 if __name__ == "__main__":
