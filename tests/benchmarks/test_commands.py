@@ -61,7 +61,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
         import torch
 
         if torch.cuda.is_available():
-            pytest.skip("needs a machine without a GPU")
+            pytest.skip("names a GPU that is missing, and this machine has one")
     for command in (lambda a: tlstm(["bench", *a]), run.main):
         assert command(arguments if "--device" in arguments else [*QUICK, *arguments]) == 2
         assert message in capsys.readouterr().err
