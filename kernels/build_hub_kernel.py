@@ -1,7 +1,7 @@
 """Build `tlstm_kernels` as a kernel repository of the Hugging Face Hub, which the `kernels` package loads.
 
     python kernels/build_hub_kernel.py OUT
-    python -c "import kernels; print(kernels.get_local_kernel('OUT').lstm_layer)"
+    python -c "import pathlib, kernels; print(kernels.get_local_kernel(pathlib.Path('OUT')).lstm_layer)"
     hf upload user/tlstm-kernels OUT --repo-type kernel --revision v1
 
 Nothing is compiled: Triton does that on the user's machine. One variant for each backend that the package runs on, all

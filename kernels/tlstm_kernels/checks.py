@@ -198,6 +198,11 @@ def check_layer(
         raise ArgumentError(
             f"backend 'triton': expected tensors on a GPU; received them on {x.device}. Use backend='reference' there."
         )
+    if backend == "triton" and torch.version.hip is not None:
+        raise ArgumentError(
+            "backend 'triton': expected an NVIDIA GPU; received one of AMD, where the kernels have only been "
+            "compiled: programs on different dies share no coherent L2 cache. Use backend='reference' there."
+        )
     D = h_0.shape[0]
     n = len(weights) // max(D, 1)  # W_ih, W_hh[, b_ih, b_hh][, W_hr]
     if (

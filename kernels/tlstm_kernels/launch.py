@@ -53,6 +53,7 @@ def forward(
             gates, cells = (part.to(dtype) for part, dtype in zip(kept, kept_dtypes(x.dtype), strict=True))
             y, gates, cells = (laid_out(s, batch_first) if s.dim() > 1 else s for s in (y, gates, cells))
             return y, h_n, c_n, gates, cells
+        ends, mask = _clamped(lengths, x.shape[0]), _mask(resets)
         apart = [
             forward_kernel(
                 plan,
@@ -60,10 +61,10 @@ def forward(
                 [w.w_hh.contiguous() for w in split[ks]],
                 h_0[ks].contiguous(),
                 c_0[ks].contiguous(),
-                _clamped(lengths, x.shape[0]),
+                ends,
                 keep,
                 reverse=ks.start == 1,
-                resets=_mask(resets),
+                resets=mask,
                 h_reset=None if h_reset is None else h_reset[ks].contiguous(),
                 c_reset=None if c_reset is None else c_reset[ks].contiguous(),
                 zoneout=zoneout,
@@ -111,7 +112,7 @@ def backward(
             inputs = (x, h_0, c_0, weights, y, gates, cells, lengths)
             options = (need_x, need_weights, resets, h_reset, c_reset, d_cells, zoneout)
             return layer_reference.backward(d_y, d_h_n, d_c_n, *inputs, *options)
-        ends, H = _clamped(lengths, x.shape[0]), c_0.shape[-1]
+        ends, mask, H = _clamped(lengths, x.shape[0]), _mask(resets), c_0.shape[-1]
         h_before = []
         if need_weights or not gates.numel():
             h_before = [_h_before(h_0, y, ends, k, resets, h_reset, batch_first) for k in range(len(split))]
@@ -130,7 +131,7 @@ def backward(
                 ends,
                 pre_activation=not gates.numel(),
                 reverse=ks.start == 1,
-                resets=_mask(resets),
+                resets=mask,
                 c_reset=None if c_reset is None else c_reset[ks].contiguous(),
                 zoneout=zoneout,
             )

@@ -160,6 +160,24 @@ def _replaced(model):
     model.lm_head = head
 
 
+def _zoned_out(model) -> None:
+    model.model.layers[1].zoneout = (0.5, 0.5)
+
+
+def _negated_layer(model) -> None:
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: (-(result := forward(*args, **kwargs))[0], result[1])
+
+
+def _negated_features(model) -> None:
+    class Negated(torch.nn.Identity):
+        def forward(self, x):
+            return -x
+
+    model.model.projection = Negated()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -167,6 +185,9 @@ def _replaced(model):
         (_parametrized, "lm_head has a parametrization"),
         (_reference, "the backend 'reference' was asked for by name"),
         (_replaced, "Head stands in the place of Linear"),
+        (_zoned_out, "a layer has zoneout or several heads"),
+        (_negated_layer, "model.layers.1 has a forward pass of its own"),
+        (_negated_features, "Negated stands in the place of Identity"),
     ],
 )
 def test_lean_refuses_a_model_that_its_weights_do_not_describe(build_model, change, reason) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from tlstm.config import LSTMConfig
 from tlstm.generation.step_weights import LayerWeights, StepWeights
 from tlstm.layer import LSTM
+from tlstm.models.backbone import LSTMModel
 
 if TYPE_CHECKING:
     from tlstm.models.causal_lm import LSTMForCausalLM
@@ -42,8 +43,12 @@ def step_weights(model: LSTMForCausalLM, forward: Any) -> StepWeights | str:
             return f"{name or 'the model'} has a forward hook"
         if parametrize.is_parametrized(module):
             return f"{name} has a parametrization"
+        if "forward" in vars(module):
+            return f"{name or 'the model'} has a forward pass of its own"
     backbone, layers = model.model, []
     kinds = [
+        (backbone, LSTMModel),
+        (backbone.projection, nn.Linear if model.config.output_projection else nn.Identity),
         (backbone.embedding, nn.Embedding),
         (model.lm_head, nn.Linear),
         *((part, LSTM) for part in backbone.layers),
@@ -55,6 +60,8 @@ def step_weights(model: LSTMForCausalLM, forward: Any) -> StepWeights | str:
         assert isinstance(layer, LSTM)
         if layer.backend not in _BACKENDS:
             return f"the backend {layer.backend!r} was asked for by name"
+        if max(layer.zoneout) > 0 or layer.num_heads > 1:
+            return "a layer has zoneout or several heads"
         weights = {name.removesuffix("_l0"): tensor.detach() for name, tensor in layer.named_parameters()}
         output = layer.proj_size or layer.hidden_size
         layers.append(
