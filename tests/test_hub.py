@@ -17,7 +17,7 @@ from small_models import assert_same_model, causal_lm
 from tlstm import LSTMForCausalLM, Tokenizer
 from tlstm.hub import download, push
 
-CALLS = ("create_repo", "create_branch", "model_info", "list_repo_files", "hf_hub_download", "create_commit")
+CALLS = ("create_repo", "create_branch", "model_info", "list_repo_files", "create_commit")
 
 
 class Recorder:
@@ -31,6 +31,7 @@ class Recorder:
 
     def __call__(self, **options: Any) -> Recorder:
         self.calls.append(("HfApi", options))
+        self.token = options["token"]
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -59,9 +60,12 @@ class Recorder:
     def answer_list_repo_files(self, repo_id: str, **options: Any) -> list[str]:
         return list(self.present)
 
-    def answer_hf_hub_download(self, repo_id: str, filename: str, **options: Any) -> str:
-        (self.folder / "downloaded").write_bytes(self.present[filename])
-        return str(self.folder / "downloaded")
+    def download_snapshot(self, repo_id: str, *, allow_patterns: list[str], **options: Any) -> Path:
+        snapshot = self.folder / "downloaded"
+        snapshot.mkdir(exist_ok=True)
+        for name in allow_patterns:
+            (snapshot / name).write_bytes(self.present[name])
+        return snapshot
 
     def answer_create_commit(self, repo_id: str, operations: list, **options: Any) -> str:
         for operation in operations:
@@ -82,6 +86,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def make(present: dict[str, bytes] | None = None) -> Recorder:
         recorder = Recorder(present or {}, tmp_path)
         monkeypatch.setattr(push, "HfApi", recorder)
+        monkeypatch.setattr(push, "download_snapshot", recorder.download_snapshot)
         return recorder
 
     return make

@@ -53,7 +53,7 @@ class CommitRecord:
         """The record in `folder`, or `None`. Raises `CheckpointError` for one that no save can have written."""
         path = folder / RECORD
         try:
-            text = path.read_bytes()
+            text = read_whole(path)
         except FileNotFoundError:
             return None
         try:

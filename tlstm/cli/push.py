@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlstm.cli.errors import UsageError
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from tlstm.checkpoint.stored_weights import is_weights_file
     from tlstm.cli.info import describe_checkpoint
     from tlstm.hub.card import make_card
-    from tlstm.hub.push import push_folder
+    from tlstm.hub.push import hub_api, push_folder
     from tlstm.transformers_shim import add_shim
 
     if args.tag is not None:
@@ -105,24 +105,20 @@ def run(args: argparse.Namespace) -> int:
         )
     print(commit.pr_url or commit.commit_url)
     if args.tag is not None:
-        _api(args).create_tag(commit.repo_url.repo_id, tag=args.tag, revision=commit.oid)
+        hub_api(args.token).create_tag(commit.repo_url.repo_id, tag=args.tag, revision=commit.oid)
     return 0
-
-
-def _api(args: argparse.Namespace) -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi(token=args.token, library_name="tlstm")
 
 
 def _check_tag(args: argparse.Namespace) -> None:
     """Before anything is sent: a commit without the tag that it was to have is half a push."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    from tlstm.hub.push import hub_api
+
     if args.create_pr:
         raise UsageError("--tag and --create-pr exclude each other: a tag names a commit of a branch")
     try:
-        refs = _api(args).list_repo_refs(args.repo)
+        refs = hub_api(args.token).list_repo_refs(args.repo)
     except RepositoryNotFoundError:
         return  # it will be made
     if args.tag in {ref.name for ref in refs.tags}:

@@ -106,9 +106,9 @@ def _checked_snapshot(repo_id: str, repo: Path, options: dict[str, Any], bar: ty
                 tqdm_class=bar,
                 **options,
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            _remove_wrong(repo, known)
-            if last or not _may_pass(error):
+        except Exception as error:
+            _remove_wrong(repo, known)  # whatever the fault: what stays in the cache counts as checked from now on
+            if last or not (isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError)) and _may_pass(error)):
                 raise
             time.sleep(2**attempt)
             continue

@@ -25,10 +25,16 @@ from tlstm.hub.card import (
     short_card,
     with_metadata,
 )
-from tlstm.hub.download import limit_waiting
+from tlstm.hub.download import download_snapshot, limit_waiting
 from tlstm.version import __version__
 
 _ATTEMPTS = 3
+
+
+def hub_api(token: str | bool | None) -> HfApi:
+    """A client that says who it is and gives up a server that falls silent."""
+    limit_waiting()
+    return HfApi(token=token, library_name="tlstm", library_version=__version__)
 
 
 def push_folder(
@@ -61,8 +67,7 @@ def push_folder(
     Raises:
         huggingface_hub's errors, among them HfHubHTTPError; the repo then holds what it held before.
     """
-    limit_waiting()
-    api = HfApi(token=token, library_name="tlstm", library_version=__version__)
+    api = hub_api(token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -124,7 +129,10 @@ def _operations(
     if make_card is not None:
         card = renewed(make_card(repo_id), card)
     if CARD_NAME in present and (card is None or is_own(card)):  # somebody's words in the repo win over tlstm's
-        there = decoded(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_bytes())
+        snapshot = download_snapshot(
+            repo_id, revision=revision, token=api.token, progress=False, allow_patterns=[CARD_NAME]
+        )
+        there = decoded((snapshot / CARD_NAME).read_bytes())
         card = there if card is None else renewed(card, there)
     card = with_metadata(short_card(repo_id) if card is None else card, **metadata)
     if card != there:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Pushable(ABC):
         create_pr: bool = False,
         revision: str | None = None,
         parent_commit: str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> CommitInfo:
         """Push the files to a Hub repo (made if missing) in one commit that leaves its other files alone.
 
@@ -46,4 +47,5 @@ class Pushable(ABC):
             create_pr=create_pr,
             revision=revision,
             parent_commit=parent_commit,
+            tags=tags,
         )
