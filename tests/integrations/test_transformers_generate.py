@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from tlstm import LSTMForCausalLM, Tokenizer
-from tlstm.integrations.transformers import LSTMCache
+from tlstm.integrations.transformers import CACHE, LSTMCache
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "shakespeare-char"
 PAD = 64
@@ -70,14 +70,14 @@ def test_a_text_goes_on_from_its_cache(own, theirs, batch, lengths_fed):
     whole = theirs.generate(**batch, max_new_tokens=20, do_sample=False)
     lengths_fed.clear()
     part = theirs.generate(**batch, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
-    assert part.past_key_values.get_seq_length() == 7 + 9 - 1
+    assert part[CACHE].get_seq_length() == 7 + 9 - 1
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 9, dtype=torch.long)], dim=1)
-    cached = {"attention_mask": mask, "past_key_values": part.past_key_values, "do_sample": False}
+    cached = {"attention_mask": mask, CACHE: part[CACHE], "do_sample": False}
     assert torch.equal(theirs.generate(part.sequences, max_new_tokens=11, **cached), whole)
     assert lengths_fed == [7, *[1] * 19]
     read = own.prefill([ids.tolist() for ids in PROMPTS]).recurrent
     cache = LSTMCache()
-    theirs(batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], past_key_values=cache)
+    theirs(batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], **{CACHE: cache})
     for found, expected in zip(cache.state.h + cache.state.c, read.h + read.c, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -85,12 +85,12 @@ def test_a_text_goes_on_from_its_cache(own, theirs, batch, lengths_fed):
 def test_a_prompt_is_read_once_for_many_texts(theirs, lengths_fed):
     prompt = PROMPTS[0][None]
     with torch.no_grad():
-        cache = theirs(prompt[:, :-1]).past_key_values
+        cache = theirs(prompt[:, :-1])[CACHE]
     many = copy.deepcopy(cache)
     many.batch_repeat_interleave(4)
     assert (cache.batch_size, many.batch_size) == (1, 4)
     lengths_fed.clear()
-    texts = theirs.generate(prompt.repeat(4, 1), past_key_values=many, max_new_tokens=6, do_sample=False)
+    texts = theirs.generate(prompt.repeat(4, 1), **{CACHE: many}, max_new_tokens=6, do_sample=False)
     assert lengths_fed == [1] * 6
     assert texts.tolist() == theirs.generate(prompt, max_new_tokens=6, do_sample=False).tolist() * 4
     assert cache.get_seq_length() == 6

@@ -15,7 +15,7 @@ from small_models import assert_same_model, causal_lm, rewrite
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tlstm import LSTMForCausalLM
-from tlstm.integrations.transformers import LSTMCache, LSTMConfig
+from tlstm.integrations.transformers import CACHE, LSTMCache, LSTMConfig
 from tlstm.transformers_shim import AUTO_MAP
 
 KINDS = {
@@ -124,15 +124,24 @@ def test_missing_weights_are_drawn_and_the_rest_is_kept(tmp_path):
 def test_the_state_goes_on_as_in_tlstm(own, theirs):
     ids = torch.randint(0, 65, (3, 11))
     first, own_first = theirs(ids[:, :4]), own(ids[:, :4])
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (4, 3, 2)
-    second, own_second = theirs(ids[:, 4:], past_key_values=cache), own(ids[:, 4:], state=own_first.state)
+    second, own_second = theirs(ids[:, 4:], **{CACHE: cache}), own(ids[:, 4:], state=own_first.state)
     assert torch.equal(second.logits, own_second.logits)
-    assert second.past_key_values is cache
+    assert second[CACHE] is cache
     assert cache.get_seq_length() == 11
     assert all(map(torch.equal, cache.state.h + cache.state.c, own_second.state.h + own_second.state.c))
-    assert theirs.train()(ids).past_key_values is None
-    assert theirs(ids, use_cache=True).past_key_values.state.h[0].requires_grad
+    assert CACHE not in theirs.train()(ids)
+    assert theirs(ids, use_cache=True)[CACHE].state.h[0].requires_grad
+
+
+def test_the_caches_older_name_is_understood_by_every_version(theirs):
+    ids = torch.randint(0, 65, (3, 11))
+    cache = theirs(ids[:, :4])[CACHE]
+    assert theirs(ids[:, 4:], past_key_values=cache)[CACHE] is cache
+    assert cache.get_seq_length() == 11
+    with pytest.raises(ValueError, match="expected one cache"):
+        theirs(ids, cache=cache, past_key_values=cache)
 
 
 def test_logits_to_keep(theirs):
@@ -173,18 +182,18 @@ def test_resized_embeddings(own, theirs, tmp_path):
 
 def test_what_is_not_offered_is_refused(theirs):
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected an LSTMCache, got DynamicCache"):
-        theirs(ids, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="expected an LSTMCache, received DynamicCache"):
+        theirs(ids, **{CACHE: transformers.DynamicCache()})
     with pytest.raises(ValueError, match=r"output_hidden_states: .* leave it out"):
         theirs(ids, output_hidden_states=True)
     with pytest.raises(ValueError, match=r"inputs_embeds: .* leave it out"):
         theirs(ids, inputs_embeds=torch.zeros(1, 3, 23))
-    cache = theirs(ids).past_key_values
+    cache = theirs(ids)[CACHE]
     cache.crop(0)
     with pytest.raises(ValueError, match="deepcopy"):
         cache.crop(1)
     with pytest.raises(ValueError, match="expected 2 streams"):
-        theirs(ids.repeat(2, 1), past_key_values=cache)
+        theirs(ids.repeat(2, 1), **{CACHE: cache})
 
 
 def test_the_shim_stays_with_its_checkpoint(own, tmp_path):

@@ -45,6 +45,8 @@ IGNORE_INDEX = -100
 _SETTINGS = tuple(f.name for f in dataclasses.fields(OwnConfig) if f.name not in ("extra", "model_type"))
 _DRAWN = "_is_hf_initialized"  # transformers' mark on parameters that have their values
 _NOT_OFFERED = ("inputs_embeds", "output_hidden_states", "output_attentions")
+# What this transformers calls a cache, in calls and in outputs: "cache" from 5.24 on, before that "past_key_values".
+CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class LSTMConfig(PreTrainedConfig):
@@ -56,7 +58,7 @@ class LSTMConfig(PreTrainedConfig):
 
     model_type = OwnConfig.model_type
     attribute_map = {"num_hidden_layers": "num_layers"}  # noqa: RUF012 - transformers' own way
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
     has_no_defaults_at_init = True  # a vocabulary has no default size
 
     def __init__(self, **settings: Any) -> None:
@@ -86,7 +88,7 @@ def _own_config(settings: dict[str, Any]) -> OwnConfig:
 
 
 class LSTMCache(Cache):
-    """The recurrent state of `B` streams as transformers' `past_key_values`: one size, however long the text.
+    """The recurrent state of `B` streams as transformers' cache: one size, however long the text.
 
     Like every cache of transformers it is changed in place; `copy.deepcopy` keeps a prompt for several continuations.
 
@@ -95,8 +97,8 @@ class LSTMCache(Cache):
         seen_tokens: how many positions were read, padding included.
     """
 
-    is_compileable = False
-    is_croppable = False
+    is_compileable = is_croppable = False
+    is_linear = [False]  # noqa: RUF012 - as layers that know what they have read: `generate` asks where to go on
 
     def __init__(self, state: LSTMState | None = None, seen_tokens: int = 0) -> None:
         super().__init__(layers=[])
@@ -178,21 +180,24 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: LSTMCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Score every next token, and the loss where `labels` are given.
 
         Args:
-            input_ids: the tokens that `past_key_values` has not read yet.
+            input_ids: the tokens that the cache has not read yet.
             attention_mask: each row's ones must be one contiguous run; of a longer mask, the last `T` columns count.
-            past_key_values: the cache to go on from; it is changed in place.
+            cache: the cache to go on from; it is changed in place. Before transformers 5.24 its name was
+                `past_key_values`, which is understood with every version.
             labels: usually `input_ids` itself: the shift by one is done here. Entries of -100, and padded positions, do
                 not count. The loss is transformers' `self.loss_function`, which takes `num_items_in_batch`.
             use_cache: whether to return a cache; by default, in evaluation mode.
             logits_to_keep: score only this many last positions (0: all), or those of an index; not with labels.
 
         Returns:
-            `loss`, `logits` (B, T, V) and `past_key_values`; as a tuple of those that there are, if not `return_dict`.
+            `loss`, `logits` (B, T, V) and the cache, named as in `CACHE`; as a tuple of those that there are, if not
+            `return_dict`.
 
         Raises:
             ValueError: see `tlstm.LSTMForCausalLM.forward`; or something that the model does not offer.
@@ -200,27 +205,27 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         for name in _NOT_OFFERED:
             if (asked := kwargs.pop(name, None)) is not None and asked is not False:
                 raise ValueError(f"{name}: tlstm models do not offer it; leave it out")
-        if past_key_values is not None and not isinstance(past_key_values, LSTMCache):
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache: expected one cache, received past_key_values, its older name, as well")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, LSTMCache):
             raise ValueError(
-                f"past_key_values: expected an LSTMCache, got {type(past_key_values).__name__}; pass that of an "
-                "earlier output, or none"
+                f"{CACHE}: expected an LSTMCache, received {type(cache).__name__}; pass an earlier output's, or none"
             )
         T = input_ids.shape[1]
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -T:]
-        state = None if past_key_values is None else past_key_values.state
-        output = self.model(input_ids, attention_mask, state)
-        if past_key_values is None and (not self.training if use_cache is None else use_cache):
-            past_key_values = LSTMCache()
-        if past_key_values is not None:
-            past_key_values.state = output.state
-            past_key_values.seen_tokens += T
+        attention_mask = None if attention_mask is None else attention_mask[:, -T:]
+        output = self.model(input_ids, attention_mask, None if cache is None else cache.state)
+        if cache is None and (not self.training if use_cache is None else use_cache):
+            cache = LSTMCache()
+        if cache is not None:
+            cache.state, cache.seen_tokens = output.state, cache.seen_tokens + T
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         features = output.last_hidden_state
         logits = self.lm_head(features if labels is not None else features[:, kept])
         loss = None if labels is None else self._loss(logits, labels, attention_mask, **kwargs)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        named: dict[str, Any] = {CACHE: cache}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
         return result if return_dict or (return_dict is None and self.config.return_dict) else result.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -240,8 +245,8 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kw: Any) -> Any:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kw)  # type: ignore[misc]
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LSTMCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = LSTMCache()
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[GenerationConfig, dict]:
         """Sampling is from the whole distribution unless somebody asks for `top_k`; transformers' own default is 50."""
