@@ -20,6 +20,7 @@ LONGEST_FILE = 300
 ROOMS = {
     "functional": ["functional"],
     "layer": ["layer", "layer_arguments"],
+    "trials": ["trials"],
     "leaf": ["state", "validation", "version"],
     "config": ["config", "transformers_shim"],
     "files": ["checkpoint"],
@@ -37,7 +38,8 @@ ROOMS = {
 MAY_IMPORT = {
     "checks": set(),
     "kernels": {"checks"},
-    "functional": {"kernels", "checks"},
+    "trials": {"kernels"},
+    "functional": {"kernels", "checks", "trials"},
     "layer": {"functional", "checks"},
     "leaf": {"files"},
     "config": {"files", "leaf", "hub"},
@@ -45,7 +47,7 @@ MAY_IMPORT = {
     "hub": {"files", "leaf"},
     "tokenizer": {"files", "leaf", "hub"},
     "pretrained": {"files", "leaf", "config", "hub"},
-    "generation": {"files", "leaf", "config", "kernels"},
+    "generation": {"files", "leaf", "config", "kernels", "trials"},
     "models": {"layer", "functional", "leaf", "config", "pretrained", "generation"},
     "training": {"models", "leaf", "config", "files", "hub", "pretrained", "tokenizer", "generation", "layer"},
     "integrations": {"models", "leaf", "config", "files", "pretrained", "tokenizer", "generation"},

@@ -47,12 +47,11 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "reason"), [((8, 0), None), ((9, 0), None), ((7, 5), r"8.0 or newer and this GPU has 7.5")]
 )
-def test_auto_takes_triton_on_a_gpu_that_can_once_it_is_the_default(monkeypatch, capability, reason):
+def test_auto_takes_triton_on_a_gpu_that_can(monkeypatch, capability, reason):
     monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch.torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
-    assert resolve_backend("auto", "cuda") == "native"  # not proved on a GPU yet
-    monkeypatch.setattr(dispatch, "TRITON_BY_DEFAULT", True)
+    monkeypatch.setattr(dispatch, "trial_refusal", lambda *key: None)
     assert resolve_backend("auto", "cuda") == ("triton" if reason is None else "native")
     if reason is not None:
         assert reason in explain_backends("cuda:0")["triton"]

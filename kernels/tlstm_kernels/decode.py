@@ -14,7 +14,7 @@ own flag; one slot per step, stored once, never the sentinel):
                  greedy choice and for sampling without a filter
     "everyone"   each program sends its logits, and all filter and draw, each for itself. One trip; for very few streams
     "owner"      each program sends its logits; for each stream one program filters, draws, and sends the key of its
-                 draw. Two trips
+                 draw. Two trips. A row of logits that is too long for a program's registers is sent with its noise, too
 
 A key is one word of 64 bits, read and written whole. All programs of a group compute from the same words who has ended,
 so that nobody waits for a row that nobody writes. A stream that has ended is neither computed on nor waited for: its
@@ -51,8 +51,9 @@ from .decode_layers import (
     product,
     product_loaded_again,
     receive_and_multiply,
-    store_field,
+    store_streams,
 )
+from .decode_long_rows import choose_long_row
 from .decode_sampling import (
     choose_row,
     gumbel_noise,
@@ -80,7 +81,8 @@ def decode_kernel(
     seen_ptr,  # (B, V) int8 or None, kept up to date
     h_ptr,  # (steps, B, STRIDE), filled with the sentinel
     c_ptr,  # (steps, B, STRIDE) out, or None: c after each step
-    logits_ptr,  # (steps, B, V) float32, filled with the sentinel; None in mode "reduce"
+    logits_ptr,  # (steps, B, ROW_STRIDE) float32, filled with the sentinel; None in mode "reduce"
+    scores_ptr,  # the same with noise, or None where rows fit into registers, and whoever draws makes the noise
     keys_ptr,  # (steps, B, KEYS) int64, filled with the sentinel; None in mode "everyone"
     results_ptr,  # (steps, B) int64 out: the key of each chosen token, -1 where the stream had ended
     error_ptr,  # (programs, 4) int32, zero, or None without MAX_SPINS
@@ -96,7 +98,8 @@ def decode_kernel(
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,  # BLOCK_V: vocabulary of a program at a time
     HEAD_BLOCKS: tl.constexpr,  # blocks of the vocabulary of one program
     KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr,  # programs that send keys in mode "reduce", and the power of two
-    ROW_V: tl.constexpr,  # power of two >= V in the modes that look at whole rows of logits
+    ROW_STRIDE: tl.constexpr,  # from one row of logits to the next
+    ROW_V: tl.constexpr,  # token ids of a row that are filtered at a time: a power of two, >= V without scores_ptr
     KEEP_TILE: tl.constexpr,  # 1: h stays in registers from wait to both products; 0: a chunk at a time, for many rows
     SPLIT_K: tl.constexpr,  # power of two: the warps share the columns of a chunk in so many parts
     MODE: tl.constexpr,
@@ -227,7 +230,12 @@ def decode_kernel(
                 keys = tl.where((ids < V)[:, None], pack_keys(logits, ids[:, None]), NO_KEY)
                 best = tl.maximum(best, tl.max(keys, axis=0))
             else:
-                publish(logits_ptr + slot[None, :] * V + ids[:, None], logits, (ids < V)[:, None] & active[None, :])
+                places = slot[None, :] * ROW_STRIDE + ids[:, None]
+                sent = (ids < V)[:, None] & active[None, :]
+                publish(logits_ptr + places, logits, sent)
+                if scores_ptr is not None:
+                    noise = gumbel_noise(first, BLOCK_V, position, return_index, seeds)
+                    publish(scores_ptr + places, logits + noise, sent)
         if MODE == "reduce":
             tl.store(keys_ptr + slot * KEYS + program, best, mask=active & (program < KEYS))
         if KEEP_TILE:
@@ -246,11 +254,18 @@ def decode_kernel(
             for lane in range(first, BLOCK_B, stride):
                 mine = tl.arange(0, BLOCK_B) == lane
                 if tl.sum((active & mine).to(tl.int32), axis=0) != 0:
-                    key = choose_row(
-                        logits_ptr + only(slot, mine) * V,
-                        only(position, mine), only(return_index, mine), only(seeds, mine), error_ptr, stage,
-                        top_k, tail, log_min_p, V, ROW_V, TOP_K, TOP_P, MIN_P, MAX_SPINS,
-                    )  # fmt: skip
+                    row = only(slot, mine) * ROW_STRIDE
+                    if scores_ptr is not None:
+                        key = choose_long_row(
+                            logits_ptr + row, scores_ptr + row, error_ptr, stage,
+                            top_k, tail, log_min_p, V, ROW_V, TOP_K, TOP_P, MIN_P, MAX_SPINS,
+                        )  # fmt: skip
+                    else:
+                        key = choose_row(
+                            logits_ptr + row,
+                            only(position, mine), only(return_index, mine), only(seeds, mine), error_ptr, stage,
+                            top_k, tail, log_min_p, V, ROW_V, TOP_K, TOP_P, MIN_P, MAX_SPINS,
+                        )  # fmt: skip
                     if MODE == "owner":
                         tl.store(keys_ptr + only(slot, mine), key)
                     else:
@@ -282,11 +297,4 @@ def decode_kernel(
         tl.store(h_out_ptr + own, hs[layer], mask=mask)
         tl.store(c_out_ptr + own, cs[layer].to(DTYPE), mask=mask)
     if program == 0:
-        store_field(streams_out_ptr, 0, rows, B, load_field(streams_in_ptr, 0, rows, B))
-        store_field(streams_out_ptr, 1, rows, B, load_field(streams_in_ptr, 1, rows, B))
-        store_field(streams_out_ptr, 2, rows, B, position)
-        store_field(streams_out_ptr, 3, rows, B, made)
-        store_field(streams_out_ptr, 4, rows, B, limit)
-        store_field(streams_out_ptr, 5, rows, B, least)
-        store_field(streams_out_ptr, 6, rows, B, token)
-        store_field(streams_out_ptr, 7, rows, B, active)
+        store_streams(streams_out_ptr, streams_in_ptr, rows, B, position, made, limit, least, token, active)

@@ -14,7 +14,7 @@ from .gpu import GPU
 
 _TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _OTHER_TYPES = {
-    **dict.fromkeys(("bias_ptr", "logits_ptr"), "*fp32"),
+    **dict.fromkeys(("bias_ptr", "logits_ptr", "scores_ptr"), "*fp32"),
     **dict.fromkeys(("streams_in_ptr", "streams_out_ptr", "keys_ptr", "results_ptr"), "*i64"),
     **dict.fromkeys(("flags_ptr", "seen_ptr"), "*i8"),
     **dict.fromkeys(("steps", "B", "top_k"), "i32"),
@@ -26,6 +26,7 @@ def compile_decode_plan(plan: DecodePlan, gpu: GPU, penalty: bool = False) -> Co
     """Compile the kernel as generation calls it: with ends of streams, and with a repetition penalty or without."""
     absent = {"error_ptr", *(() if penalty else ("seen_ptr",))}
     absent |= {"logits_ptr"} if plan.mode == "reduce" else set()
+    absent |= set() if plan.long_rows else {"scores_ptr"}
     absent |= set() if plan.keys else {"keys_ptr"}
     fixed: dict[str, Any] = {**plan.constants(), "MAX_SPINS": 0, **dict.fromkeys(absent)}
     signature = {

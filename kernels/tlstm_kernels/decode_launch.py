@@ -140,11 +140,13 @@ class DecodeSession:
         c, h_out, c_out = like.new_empty(steps, B, shape.stride), torch.empty_like(like), torch.empty_like(like)
         results = like.new_empty(steps, B, dtype=torch.int64)
         streams_out = torch.empty_like(self._streams)
-        keys = logits = errors = None
+        keys = logits = scores = errors = None
         if plan.keys:
             keys = like.new_full((steps, B, plan.keys), -1, dtype=torch.int64)
         if plan.mode != "reduce":
-            logits = _unwritten(like.float(), steps, B, shape.vocab_size)
+            logits = _unwritten(like.float(), steps, B, plan.row_stride)
+        if plan.long_rows:
+            scores = _unwritten(like.float(), steps, B, plan.row_stride)
         if self._max_spins:
             errors = like.new_zeros(plan.programs * plan.groups, 4, dtype=torch.int32)
         self._launcher(
@@ -166,6 +168,7 @@ class DecodeSession:
             h_ptr=h,
             c_ptr=c,
             logits_ptr=logits,
+            scores_ptr=scores,
             keys_ptr=keys,
             results_ptr=results,
             error_ptr=errors,
@@ -211,7 +214,13 @@ def compile_options(plan: DecodePlan, is_amd: bool = False) -> dict[str, Any]:
     # One program runs on each multiprocessor, so that its threads may have all the registers there are: the assembler
     # would rather spill some than pass what allows for a second program.
     registers = {} if is_amd else {"maxnreg": 255}
-    return {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.programs > 1, **registers}
+    return {
+        "num_warps": plan.num_warps,
+        "num_stages": 1,
+        "launch_cooperative_grid": plan.programs > 1,
+        "enable_fp_fusion": True,  # said, because Triton's own default for it is about to change
+        **registers,
+    }
 
 
 def _unwritten(like: Tensor, *shape: int) -> Tensor:

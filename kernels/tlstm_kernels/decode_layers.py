@@ -230,3 +230,16 @@ def load_field(streams_ptr, field: tl.constexpr, rows, B):
 @triton.jit
 def store_field(streams_ptr, field: tl.constexpr, rows, B, values):
     tl.store(streams_ptr + field * B + rows, values.to(tl.int64), mask=rows < B)
+
+
+@triton.jit
+def store_streams(streams_ptr, before_ptr, rows, B, position, made, limit, least, token, active):
+    """All STREAM_FIELDS; seeds and return indices are what they were before."""
+    store_field(streams_ptr, 0, rows, B, load_field(before_ptr, 0, rows, B))
+    store_field(streams_ptr, 1, rows, B, load_field(before_ptr, 1, rows, B))
+    store_field(streams_ptr, 2, rows, B, position)
+    store_field(streams_ptr, 3, rows, B, made)
+    store_field(streams_ptr, 4, rows, B, limit)
+    store_field(streams_ptr, 5, rows, B, least)
+    store_field(streams_ptr, 6, rows, B, token)
+    store_field(streams_ptr, 7, rows, B, active)

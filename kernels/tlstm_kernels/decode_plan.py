@@ -31,6 +31,7 @@ BLOCK_K = (64, 128)
 MOST_LAYERS = 8  # the kernel's text grows with the layers and the chunks of their matrices
 MOST_CHUNKS = 16
 MOST_FILTERED = 1 << 12  # token ids of a row that one program holds in registers, to filter it
+LONG_ROW_BLOCK = 16  # token ids of a longer row that one thread holds at a time
 L2_BYTES_PER_PROGRAM = 64  # that one multiprocessor reads from the L2 cache in a clock
 WAIT_CLOCKS = 500  # until a chunk has come from the L2 cache and all warps know that it is whole
 NEXT_CLOCKS = 150  # the same for a chunk that was asked for before the last one was used
@@ -47,11 +48,6 @@ def refusal(shape: DecodeShape, choice: Choice, streams: int, gpu: GPU) -> str |
         return f"the decode kernel has no {shape.dtype}"
     if shape.layers > MOST_LAYERS:
         return f"the model has {shape.layers} layers and the decode kernel at most {MOST_LAYERS}"
-    if choice.filters and shape.vocab_size > MOST_FILTERED:
-        return (
-            f"top_k, top_p and min_p are done inside the decode kernel for up to {MOST_FILTERED} token ids, and the "
-            f"model has {shape.vocab_size}"
-        )
     if choose_decode_plan(shape, choice, streams, gpu) is None:
         return f"no plan for layers of {shape.widths} units and {streams} streams fits on {gpu.name}"
     return None
@@ -86,12 +82,13 @@ def _candidates(shape: DecodeShape, choice: Choice, streams: int, gpu: GPU) -> I
         block_v = min(64, max(16, next_power_of_two(-(-shape.vocab_size // programs))))
         mode = "reduce"
         if choice.filters:
-            mode = "everyone" if streams <= MOST_BY_EVERYONE else "owner"
+            mode = "everyone" if streams <= MOST_BY_EVERYONE and shape.vocab_size <= MOST_FILTERED else "owner"
         matrices = 2 * shape.layers
         split_k = num_warps if split else 1
+        filter_block = MOST_FILTERED if shape.vocab_size <= MOST_FILTERED else 32 * num_warps * LONG_ROW_BLOCK
         plan = DecodePlan(
             shape, choice, streams, programs, rows, block_k, block_v, num_warps, keep_tile, (False,) * matrices, mode,
-            split_k, gpu.name,
+            split_k, filter_block, gpu.name,
         )  # fmt: skip
         if fits_registers(plan) and shared_memory_bytes(plan) <= gpu.shared_memory:
             yield _filled(plan, gpu, [*range(1, matrices, 2), *range(0, matrices, 2)])
@@ -155,7 +152,7 @@ def token_cost(plan: DecodePlan, gpu: GPU) -> StepCost:
     elif plan.mode == "everyone":
         read += plan.streams * shape.vocab_size * 4
     else:
-        read += -(-plan.rows // plan.programs) * shape.vocab_size * 4
+        read += -(-plan.rows // plan.programs) * shape.vocab_size * 4 * (2 if plan.long_rows else 1)
     broadcast = gpu.us(max(programs * read / gpu.l2_bytes_per_clock, read / L2_BYTES_PER_PROGRAM))
 
     times = [1] * (len(plan.on_chip) - 1) + [plan.head_blocks]
@@ -184,10 +181,27 @@ def token_cost(plan: DecodePlan, gpu: GPU) -> StepCost:
     choosing = 400.0 + 300 * plan.block_v * plan.rows * plan.head_blocks / (32 * plan.num_warps) * plan.choice.sample
     if plan.choice.filters:
         rows = plan.streams if plan.mode == "everyone" else -(-plan.rows // plan.programs)
-        elements = next_power_of_two(shape.vocab_size) / (32 * plan.num_warps)
-        passes = 32 * (plan.choice.top_k + plan.choice.top_p)
-        choosing += rows * (passes * (120 + 3 * elements) + 200 * elements)
+        choosing += rows * (long_row_clocks(plan) if plan.long_rows else short_row_clocks(plan))
     hops = gpu.hop_us * (shape.layers + 1 + (plan.mode == "owner"))
     if plan.keep_tile:
         hops -= min(gpu.hop_us * shape.layers, gpu.us(sum(products[0::2])))
     return StepCost(hops, broadcast, weights, shared, matrix, gpu.us(per_layer * shape.layers + choosing + waits))
+
+
+def short_row_clocks(plan: DecodePlan) -> float:
+    """To filter a row that is held in registers, and to make its noise."""
+    elements = next_power_of_two(plan.shape.vocab_size) / (32 * plan.num_warps)
+    passes = 32 * (plan.choice.top_k + plan.choice.top_p)
+    return passes * (120 + 3 * elements) + 200 * elements
+
+
+def long_row_clocks(plan: DecodePlan) -> float:
+    """To filter a row that is read again in every pass: 5 instructions for each element's place in the order, 2 for
+    each of 3 candidates, 4 more to weigh it, for 128 elements in a clock; and at least as long as the reading.
+    """
+    elements = plan.shape.vocab_size / 128
+    read = plan.shape.vocab_size * 4 / L2_BYTES_PER_PROGRAM
+    count, weigh = max(read, 11 * elements), max(read, 15 * elements)
+    waits = WAIT_CLOCKS + 3 * 120
+    passes = 3 + 16 * plan.choice.top_k + 17 * plan.choice.top_p
+    return 16 * plan.choice.top_k * count + 17 * plan.choice.top_p * weigh + 3 * read + passes * waits

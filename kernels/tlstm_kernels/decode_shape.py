@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 MODES = ("reduce", "everyone", "owner")
+LINE = 32  # float32 in 128 bytes, what a row of logits is a multiple of: whole rows are read in whole vectors
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class DecodePlan:
     on_chip: tuple[bool, ...]  # per matrix, in the order of `DecodeShape.inputs`
     mode: str
     split_k: int = 1  # parts of a contraction that different warps add up: 1, or a power of two up to num_warps
+    filter_block: int = 1 << 12  # token ids of a row of logits that a program filters at a time: a power of two
     gpu: str = ""
     cost: Any = field(default=None, compare=False)
 
@@ -96,6 +98,7 @@ class DecodePlan:
         assert len(self.on_chip) == 2 * self.shape.layers
         assert self.mode in MODES
         assert self.head_blocks == 1 or not self.on_chip[-1], "on the chip a program has one block of the head"
+        assert self.mode == "owner" or not self.long_rows, "long rows of logits are filtered by their owners"
 
     @property
     def groups(self) -> int:
@@ -118,6 +121,26 @@ class DecodePlan:
     @property
     def vocabulary_blocks(self) -> int:
         return -(-self.shape.vocab_size // self.block_v)
+
+    @property
+    def long_rows(self) -> bool:
+        """Whether rows of logits are filtered block by block: they are longer than what a program holds at once."""
+        return self.mode != "reduce" and self.shape.vocab_size > self.filter_block
+
+    @property
+    def row_stride(self) -> int:
+        """Length of a row of logits in memory."""
+        return -(-self.shape.vocab_size // LINE) * LINE
+
+    @property
+    def row_block(self) -> int:
+        """Token ids of a row of logits that are looked at together: a power of two, 4 or more."""
+        return max(4, min(self.filter_block, next_power_of_two(self.shape.vocab_size)))
+
+    @property
+    def logits_bytes(self) -> int:
+        """What logits of one stream take in memory in each step."""
+        return 0 if self.mode == "reduce" else 4 * self.row_stride * (1 + self.long_rows)
 
     @property
     def keys(self) -> int:
@@ -173,7 +196,8 @@ class DecodePlan:
             "HEAD_BLOCKS": self.head_blocks,
             "KEYS": self.keys,
             "BLOCK_KEYS": next_power_of_two(max(self.keys, 1)),
-            "ROW_V": 1 if self.mode == "reduce" else max(4, next_power_of_two(shape.vocab_size)),
+            "ROW_STRIDE": self.row_stride,
+            "ROW_V": 1 if self.mode == "reduce" else self.row_block,
             "KEEP_TILE": self.keep_tile,
             "SPLIT_K": self.split_k,
             "MODE": self.mode,

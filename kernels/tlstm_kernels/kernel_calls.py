@@ -132,7 +132,10 @@ def constants(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def compile_options(plan: LaunchPlan, is_amd: bool = False) -> dict[str, Any]:
-    """The options of Triton's compiler that a plan fixes. A grid that waits for itself is launched as a whole."""
+    """The options of Triton's compiler that a plan fixes. A grid that waits for itself is launched as a whole.
+
+    That a product and a sum may be one instruction is said, because Triton's own default for it is about to change.
+    """
     # One program runs on each multiprocessor, so that its threads may have all the registers there are. With 8 warps
     # NVIDIA's assembler would rather spill a few than pass 128, which allows for a second program; with 4 it does well.
     registers = {"maxnreg": 255} if plan.num_warps == 8 and not is_amd else {}
@@ -140,6 +143,7 @@ def compile_options(plan: LaunchPlan, is_amd: bool = False) -> dict[str, Any]:
         "num_warps": plan.num_warps,
         "num_stages": 2 if plan.regime == "streamed" else 1,
         "launch_cooperative_grid": plan.programs > 1,
+        "enable_fp_fusion": True,
         **registers,
     }
 

@@ -10,8 +10,8 @@ from tlstm_kernels.launch_options import launch_options
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tlstm.functional import explain_backends, resolve_backend
-from tlstm.functional.dispatch import TRITON_BY_DEFAULT
 from tlstm.layer import LSTM
+from tlstm.trials import trial_refusal
 
 from .layers import Problem, Shape
 
@@ -34,7 +34,13 @@ def layer(H=200, I=24, dtype=torch.bfloat16, **options):
 def test_triton_can_run_here():
     assert explain_backends("cuda")["triton"] is None
     assert resolve_backend("triton", "cuda") == "triton"
-    assert resolve_backend("auto", "cuda") == ("triton" if TRITON_BY_DEFAULT else "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_pass_their_trials_and_are_the_default(dtype):
+    assert trial_refusal("layer", 0, str(dtype).removeprefix("torch.")) is None
+    assert trial_refusal("decode", 0, str(dtype).removeprefix("torch.")) is None
+    assert resolve_backend("auto", "cuda", dtype) == "triton"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -45,6 +45,7 @@ class DecodeCase:
     block_v: int = 16
     keep_tile: int = 1
     split_k: int = 1
+    filter_block: int = 4096
     on_chip: tuple[bool, ...] | None = None  # None: all that may be
     mode: str | None = None  # None: "reduce", or "owner" for what looks at whole rows of logits
     slots: int | None = None  # None: one for each text
@@ -70,7 +71,7 @@ class DecodeCase:
         mode = self.mode or ("owner" if choice.filters else "reduce")
         return DecodePlan(
             shape, choice, slots, self.programs, self.rows, self.block_k, self.block_v, 4, self.keep_tile, on_chip,
-            mode, self.split_k,
+            mode, self.split_k, self.filter_block,
         )  # fmt: skip
 
     def prompts(self) -> list[list[int]]:

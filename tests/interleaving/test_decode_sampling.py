@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from scipy import stats
+from tlstm_kernels.decode_long_rows import choose_long_row
 from tlstm_kernels.decode_sampling import (
     gumbel_noise,
     has_finite_score,
@@ -109,6 +110,56 @@ def test_a_hundred_thousand_draws(name):
     assert not counts[~possible].any()
     expected = probabilities[possible] * len(tokens)
     assert stats.chisquare(counts[possible].numpy(), expected.numpy()).pvalue > 1e-3
+
+
+@triton.jit
+def long_rows_kernel(
+    logits_ptr, scores_ptr, tokens_ptr, top_k, tail, log_min_p,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+):  # fmt: skip
+    """One row a program."""
+    row = tl.program_id(0) * STRIDE + tl.arange(0, 1)
+    key = choose_long_row(
+        logits_ptr + row, scores_ptr + row, None, 0, top_k, tail, log_min_p, V, BLOCK, TOP_K, TOP_P, MIN_P, 0
+    )
+    tl.store(tokens_ptr + tl.program_id(0) + tl.arange(0, 1), token_of_key(key))
+
+
+@pytest.mark.parametrize("name", ["top-k", "top-p", "min-p", "all"])
+def test_long_rows_are_filtered_as_in_python(name):
+    """Rows of 23 tokens in blocks of 8: ties, forbidden tokens, flat rows and steep ones. Scores that fall with the
+    logits make the choice the last token that a filter keeps.
+    """
+    config, V, rows = GenerationConfig(do_sample=True, **OPTIONS[name]), 23, 20
+    torch.manual_seed(1)
+    logits = torch.randn(rows, V) * torch.logspace(-1, 1.5, rows)[:, None]
+    logits[:, 7] = logits[:, 3]
+    logits[::2, 11] = -torch.inf
+    logits[1::4] = logits[1::4].round()  # many ties, 0 and -0 among them
+    logits[5] = 2.5
+    kept = LogitsProcessor(config.replace(temperature=1.0, repetition_penalty=1.0))(logits, None, None, 0)
+    padded = [torch.nn.functional.pad(t, (0, 32 - V), value=torch.nan) for t in (logits, -logits)]
+    choice, settings = choice_of(config), settings_of(config)
+    tokens = torch.empty(rows, dtype=torch.int32)
+    run_interleaved(
+        long_rows_kernel,
+        (rows,),
+        logits_ptr=padded[0],
+        scores_ptr=padded[1],
+        tokens_ptr=tokens,
+        top_k=settings.top_k,
+        tail=1 - settings.top_p,
+        log_min_p=settings.log_min_p,
+        V=V,
+        STRIDE=32,
+        BLOCK=8,
+        TOP_K=choice.top_k,
+        TOP_P=choice.top_p,
+        MIN_P=choice.min_p,
+    )
+    assert (kept == -torch.inf).any()
+    assert torch.equal(tokens.long(), torch.where(kept == -torch.inf, -torch.inf, -logits).argmax(-1))
 
 
 @triton.jit

@@ -16,9 +16,11 @@ class InterpretedKernel:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        def run(*arguments, num_warps, num_stages, launch_cooperative_grid, maxnreg=None, **constants):
+        def run(*arguments, launch_cooperative_grid, **options):
             from interleaving.grid import run_interleaved
 
+            compilers = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
+            constants = {name: value for name, value in options.items() if name not in compilers}
             assert launch_cooperative_grid == (grid[0] > 1)
             self.launches.append(grid)
             named = dict(zip(self.kernel.arg_names, arguments, strict=False))

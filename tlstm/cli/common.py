@@ -144,7 +144,8 @@ def set_backend(model: torch.nn.Module, backend: str, device: torch.device) -> N
     from tlstm.functional import resolve_backend
     from tlstm.layer import LSTM
 
-    resolve_backend(backend, device)
+    if backend != "auto":
+        resolve_backend(backend, device)
     for module in model.modules():
         if isinstance(module, LSTM):
             module.backend = backend

@@ -23,7 +23,7 @@ def introduction(name: str, model: LSTMForCausalLM, settings: dict[str, Any]) ->
     where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     return (
         f"model {name}: {format_count(model.num_parameters())} parameters, {where}, backend "
-        f"{resolve_backend(layer.backend, model.device)}\nsettings {shown}"
+        f"{resolve_backend(layer.backend, model.device, model.dtype)}\nsettings {shown}"
     )
 
 

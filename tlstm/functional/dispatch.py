@@ -14,11 +14,9 @@ from tlstm.functional.dropout import seed_tensor
 from tlstm.functional.layers import Runner, run_kernels, run_reference
 from tlstm.functional.native import run_native
 from tlstm.functional.options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights, zero_state
+from tlstm.trials import trial_refusal
 
 BACKENDS = ("auto", "triton", "native", "reference")
-# Whether `auto` means the kernels on a GPU that can run them. They pass every test that needs no GPU, but have met none
-# yet: to be switched on with the first recorded run of benchmarks/gpu_check.sh. Until then ask for them by name.
-TRITON_BY_DEFAULT = False
 _RUNNERS: dict[str, Runner] = {"native": run_native, "reference": run_reference, "triton": run_kernels}
 
 Seed = int | Tensor | torch.Generator
@@ -120,15 +118,17 @@ def _padded_and_packed(
     return Result(data, state, tuple(packed_cells))
 
 
-def resolve_backend(name: str, device: torch.device | str) -> str:
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that `name` stands for on `device`: itself, or for `auto` the fastest one that is known to be right.
+
+    On a GPU that can run the kernels that is `triton`, once they have passed their trial there (`tlstm.trials`).
 
     Raises:
         ValueError: unknown name.
         BackendUnavailableError: the named backend cannot run there; the message says why.
     """
     if name == "auto":
-        return "triton" if TRITON_BY_DEFAULT and why_unavailable("triton", device) is None else "native"
+        return _automatic(torch.device(device), dtype)
     check_choice("backend", name, BACKENDS)
     reason = why_unavailable(name, device)
     if reason is not None:
@@ -137,6 +137,13 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
             f"{resolve_backend('auto', device)!r} here."
         )
     return name
+
+
+def _automatic(device: torch.device, dtype: torch.dtype) -> str:
+    # In float64 the kernels would only run step by step.
+    if device.type != "cuda" or dtype == torch.float64 or why_unavailable("triton", device) is not None:
+        return "native"
+    return "native" if trial_refusal("layer", device.index, str(dtype).removeprefix("torch.")) else "triton"
 
 
 def explain_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
@@ -176,11 +183,12 @@ def _why_no_triton(device_type: str | None, index: int | None) -> str | None:
 
 
 def _pick(backend: str, x: Tensor, beyond_torch: bool) -> str:
-    """`resolve_backend`, where `auto` leaves to torch what the kernels would only run step by step.
-
-    What torch's own LSTM does not know (cell states as a result, zoneout) the equations do in its place.
-    """
-    name = resolve_backend(backend, x.device)
-    if backend == "auto" and name == "triton" and x.dtype == torch.float64:
-        name = "native"
+    """`resolve_backend`; what torch's own LSTM does not know (cell states, zoneout) the equations do in its place."""
+    name = resolve_backend(backend, x.device, _dtype_of(x))
     return "reference" if beyond_torch and name == "native" else name
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What the kernels compute in: autocast casts everything but float64."""
+    autocast = x.is_cuda and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if autocast else x.dtype

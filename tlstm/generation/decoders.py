@@ -26,12 +26,10 @@ from tlstm.generation.state import GenerationState
 from tlstm.generation.step_weights import StepWeights
 from tlstm.generation.stopping import StopStrings
 from tlstm.generation.texts import TextRows, new_token_limits
+from tlstm.trials import trial_refusal
 from tlstm.validation import check_choice
 
 DECODERS = ("auto", "kernel", "graph", "lean", "loop")
-# Whether `auto` may mean the kernel. It passes every test that needs no GPU, but has met none yet: to be switched on
-# with the first recorded run of benchmarks/gpu_check.sh. Until then ask for it by name. A graph tries itself at once.
-KERNEL_BY_DEFAULT = False
 
 
 @dataclass
@@ -118,12 +116,15 @@ def kernel_rows(
     *,
     by_name: bool,
 ) -> KernelRows:
-    """`KernelRows` of the model, asked for by name or not. Raises `DecoderRefusedError`."""
+    """`KernelRows` of the model; unless asked for by name, where the kernel has passed its trial on the GPU.
+
+    Raises `DecoderRefusedError`.
+    """
     _check_on_gpu(model)
-    if not by_name and not KERNEL_BY_DEFAULT:
-        raise DecoderRefusedError("it has never run on a GPU yet, and is taken only where it is asked for by name")
-    _weights(model)  # the kernel computes what they describe
+    weights = _weights(model)  # the kernel computes what they describe
     reason = KernelRows.refusal(model, config)
+    if reason is None and not by_name:
+        reason = trial_refusal("decode", model.device.index, str(weights.head.dtype).removeprefix("torch."))
     if reason is not None:
         raise DecoderRefusedError(reason)
     return KernelRows(model, config, places, stop=stop, deadline=deadline)

@@ -117,8 +117,8 @@ class KernelRows:
             flags_of(self._config, vocab_size, self._model.device),
             self._launcher,
         )
-        row_bytes = plan.streams * (4 * plan.shape.stride + (0 if plan.mode == "reduce" else 4 * vocab_size))
-        self._largest = max(1, min(self._most_steps, _CHUNK_BYTES // row_bytes))
+        step_bytes = plan.streams * (4 * plan.shape.stride + plan.logits_bytes)
+        self._largest = max(1, min(self._most_steps, _CHUNK_BYTES // step_bytes))
         self._steps = min(_FIRST_CHUNK, self._largest)  # of the next launch
         self._slots: list[_KernelText | None] = [None] * plan.streams
         self._waiting = deque(self.texts)
