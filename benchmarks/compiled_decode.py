@@ -34,6 +34,8 @@ MORE = (
     (LARGE, 65, 64, "bfloat16", SAMPLING),
     ((512,) * 2, 10_000, 8, "bfloat16", SAMPLING),
     ((512,) * 2, 1000, 8, "float32", FILTERING),
+    ((512,) * 2, 10_000, 1, "bfloat16", FILTERING),
+    (LARGE, 50_257, 8, "bfloat16", FILTERING),
 )
 PLAN = (
     *("programs", "rows", "groups", "units", "block_k", "block_v", "num_warps", "split_k"),
@@ -42,7 +44,7 @@ PLAN = (
 FIGURES = ("registers", "spills", "shared_memory", "matrix_instructions", "weights_outside_loop")
 SOURCE = (
     *("cell", "exchange", "persistent_backward"),
-    *("decode", "decode_exchange", "decode_launch", "decode_layers", "decode_sampling"),
+    *("decode", "decode_exchange", "decode_launch", "decode_layers", "decode_long_rows", "decode_sampling"),
 )
 COLUMNS = [
     *("gpu", "target", "widths", "vocabulary", "streams", "dtype", "choice", *PLAN),

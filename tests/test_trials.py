@@ -79,11 +79,11 @@ def test_auto_means_torch_where_they_have_failed(gpu):
     assert resolve_backend("auto", "cuda") == "triton"
 
 
-@pytest.mark.parametrize("change", ["gpu", "torch", "kernels", "damaged"])
+@pytest.mark.parametrize("change", ["multiprocessors", "torch", "kernels", "damaged"])
 def test_another_gpu_or_version_has_a_trial_of_its_own(gpu, monkeypatch, change):
     trial_refusal("layer", 0, "float32")
     new_process()
-    if change == "gpu":
+    if change == "multiprocessors":
         gpu.properties.multi_processor_count = 114
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "99")

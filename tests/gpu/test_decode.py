@@ -96,9 +96,12 @@ def test_sizes(widths):
     check_choices(model, *run(model, prompts_of(2, 65), do_sample=True))
 
 
-def test_a_large_vocabulary():
-    model = make_model(V=50_257, dtype=torch.float16)
-    check_choices(model, *run(model, prompts_of(3, 50_257), do_sample=True))
+@pytest.mark.parametrize("V", [4097, 50_257])
+@pytest.mark.parametrize("settings", [{"do_sample": True}, FILTERS], ids=["sampled", "filtered"])
+@pytest.mark.timeout(300)
+def test_a_large_vocabulary(V, settings):
+    model = make_model(V=V, dtype=torch.float16)
+    check_choices(model, *run(model, prompts_of(3, V), **settings))
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": True}, FILTERS], ids=["sampled", "filtered"])

@@ -51,13 +51,28 @@ def test_rows_of_the_vocabulary_are_filtered_in_one_trip_for_few_streams_and_in_
     assert choose_decode_plan(shape, Choice(True, top_k=True), 64, gpu).mode == "owner"
 
 
+@pytest.mark.parametrize(("V", "is_long"), [(4096, False), (4097, True), (50_257, True)])
+def test_rows_that_are_too_long_for_the_registers_are_filtered_by_owners_block_by_block(V, is_long):
+    shape, gpu = DecodeShape((512, 512), V, "bfloat16"), KNOWN_GPUS["H100"]
+    for streams in (1, 8, 64):
+        plan = choose_decode_plan(shape, Choice(True, top_p=True), streams, gpu)
+        assert plan.long_rows == is_long
+        assert plan.mode == ("everyone" if streams == 1 and not is_long else "owner")
+        assert plan.row_block == (16 * 32 * plan.num_warps if is_long else 4096)
+        assert plan.row_stride >= V
+        assert plan.row_stride % 32 == 0
+        unfiltered = choose_decode_plan(shape, Choice(True), streams, gpu)
+        assert not unfiltered.long_rows
+        assert unfiltered.logits_bytes == 0
+        assert plan.cost.total > unfiltered.cost.total
+
+
 @pytest.mark.parametrize(
     ("reason", "shape", "choice", "gpu"),
     [
         ("AMD GPUs share no coherent L2 cache", DecodeShape((7,), 65, "float16"), Choice(), "MI300X"),
         ("no float64", DecodeShape((7,), 65, "float64"), Choice(), "H100"),
         ("has 9 layers", DecodeShape((7,) * 9, 65, "float16"), Choice(), "H100"),
-        ("up to 4096 token ids", DecodeShape((7,), 4097, "float16"), Choice(True, top_p=True), "H100"),
         ("no plan for layers of (5000,) units", DecodeShape((5000,), 65, "float16"), Choice(), "H100"),
     ],
 )
