@@ -30,8 +30,9 @@ class Region:
         kind = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}[self.itemsize]
         count = (self.end - self.begin) // self.itemsize
         self.bits = np.ctypeslib.as_array(ctypes.cast(self.begin, ctypes.POINTER(kind)), (count,)) if count else None
-        self.at_launch = None  # bits before the first store
-        self.writer = None  # per element: number of the program that wrote it last, or -1
+        # Per element, once there was a store: bits before the first one, where there was one, and 1 + the number of the
+        # program that wrote it last, or 0. Pages that nobody touches take no memory, however large the tensor.
+        self.at_launch = self.writer = None
         self.stored_to = False  # by any program, visible to others or not
 
     def index(self, addresses: np.ndarray) -> np.ndarray:
@@ -97,7 +98,7 @@ class WeakMemory:
         bits = region.bits[index]
         if region.writer is not None and not volatile:
             writer = region.writer[index]
-            stale = (writer >= 0) & (writer != self.now)
+            stale = (writer > 0) & (writer != self.now + 1)
             bits = np.where(stale, region.at_launch[index], bits)
         for held, held_index, held_bits in self.pending[self.now]:
             if held is region:  # later entries overwrite earlier ones
@@ -140,8 +141,10 @@ class WeakMemory:
 
     def _write(self, program: int, region: Region, index: np.ndarray, bits: np.ndarray) -> None:
         if region.writer is None:
-            region.at_launch, region.writer = region.bits.copy(), np.full(region.bits.size, -1, np.int32)
+            region.at_launch, region.writer = np.empty_like(region.bits), np.zeros(region.bits.size, np.int32)
+        first_time = index[region.writer[index] == 0]
+        region.at_launch[first_time] = region.bits[first_time]
         region.bits[index] = bits
-        region.writer[index] = program
+        region.writer[index] = program + 1
         first, last = int(index.min()), int(index.max())
         self.arrived(region.begin + first * region.itemsize, region.begin + last * region.itemsize)
