@@ -69,10 +69,10 @@ class Chunk:
             self._check()
         return self._keys
 
-    def tokens(self) -> list[list[int]]:
-        """The token ids of each step, one per stream, -1 where the stream had ended; waits for the GPU."""
+    def tokens(self) -> Tensor:
+        """(steps, B) int64 on the CPU: token ids, -1 where a stream had ended; waits for the GPU."""
         keys = self._arrived()
-        return torch.where(keys == -1, -1, 0x7FFFFFFF - (keys & 0x7FFFFFFF)).tolist()
+        return torch.where(keys == -1, -1, 0x7FFFFFFF - (keys & 0x7FFFFFFF))
 
     def scores(self) -> Tensor:
         """(steps, B) float32: what each token was chosen by. Not finite: there was none to choose, or NaN came up."""

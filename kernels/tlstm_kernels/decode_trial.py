@@ -94,7 +94,7 @@ def _generated(
     session.place(range(B), zeros, zeros, fields)
     chunk = session.launch(steps)
     last = slice(shape.columns[-2], shape.columns[-2] + shape.widths[-1])
-    return torch.tensor(chunk.tokens(), device=device), chunk.h[..., last].clone(), chunk.c[..., last].clone()
+    return chunk.tokens().to(device), chunk.h[..., last].clone(), chunk.c[..., last].clone()
 
 
 def _scored(

@@ -119,22 +119,24 @@ class Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
-def test_stop_strings_end_a_text_in_the_middle_of_a_chunk():
+@pytest.mark.parametrize("seed", [3, 4])
+def test_stop_strings_end_a_text_in_the_middle_of_a_chunk(seed):
     case = DecodeCase(B=2, rows=2, steps=6, chunk=4, settings={"do_sample": True})
     model, expected = clear_case(case)
     text = Letters().decode(expected.tokens[0])
     stop = StopStrings([text[1:3]], Letters())
     config = case.config(model).replace(return_dict_in_generate=True, stop_strings=[text[1:3]])
     output = model.generate(case.prompts(), generation_config=config, tokenizer=Letters())
-    found = with_kernel(case, model, 3, stop=stop)
+    found = with_kernel(case, model, seed, stop=stop)
     assert found.reasons[0] == "stop_string"
     assert_same(found, Run(output.new_tokens, output.finish_reasons, output.state), case.dtype)
 
 
-def test_time_that_is_up_ends_every_text_with_one_token():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_time_that_is_up_ends_every_text_with_one_token(seed):
     case = DecodeCase(B=3, rows=4, steps=6)
     model, expected = clear_case(case)
-    found = with_kernel(case, model, 0, deadline=0.0)
+    found = with_kernel(case, model, seed, deadline=0.0)
     assert found.reasons == ["time"] * 3
     assert found.tokens == [tokens[:1] for tokens in expected.tokens]
 
@@ -147,14 +149,15 @@ def test_a_continued_state_goes_on_as_if_it_had_never_stopped():
     assert first.tokens[0] + rest.tokens[0] == expected.tokens[0]
 
 
+@pytest.mark.parametrize("seed", [0, 1], ids=["token by token", "all at once"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_the_error_that_python_raises(value):
+def test_logits_that_are_not_finite_are_the_error_that_python_raises(value, seed):
     case = DecodeCase(B=2, rows=2)
     model = case.make_model()
     with torch.no_grad():
         model.lm_head.bias[3] = value
     with pytest.raises(ValueError, match="row 0: the model's logits are not finite") as found:
-        with_kernel(case, model, 0)
+        with_kernel(case, model, seed)
     with pytest.raises(ValueError, match="row 0: the model's logits are not finite") as expected:
         model.generate(case.prompts(), generation_config=case.config(model))
     assert str(found.value) == str(expected.value)
@@ -164,6 +167,17 @@ def test_everything_forbidden_is_the_error_that_python_raises():
     case = DecodeCase(settings={"suppress_tokens": list(range(13))})
     with pytest.raises(ValueError, match="row 0: every token is forbidden"):
         with_kernel(case, case.make_model(), 0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_what_was_begun_token_by_token_can_be_ended_all_at_once(steps):
+    case = DecodeCase(widths=(7, 5), B=3, rows=4, steps=6, chunk=4, settings={"eos_token_id": [2, 7]})
+    model, expected = clear_case(case)
+    decoder = decoder_of(case, model, 0)
+    for _ in range(steps):
+        decoder.step()
+    decoder.run()
+    assert_same(Run(decoder.new_tokens, list(decoder.finish_reasons), decoder.state()), expected, case.dtype)
 
 
 def test_nan_in_a_state_never_stalls():

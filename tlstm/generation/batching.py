@@ -51,7 +51,7 @@ class BatchedText:
 class TextBatcher(Iterator[BatchedText]):
     """The texts that continue `prompts`, in the order in which they end; from `generate_many`, which documents it.
 
-    Iterate, or call `step` for one token of every row at a time. `prompts` is read as rows become free.
+    Iterate, or call `step` to look in between. `prompts` is read as rows become free.
     """
 
     def __init__(
@@ -102,7 +102,10 @@ class TextBatcher(Iterator[BatchedText]):
         return self._ended.popleft()
 
     def step(self) -> list[BatchedText] | None:
-        """Make one token in every row, filling free rows first. The texts that have ended; None when all have.
+        """Make the next token in every row, filling free rows first; the decode kernel makes some at once.
+
+        Returns:
+            The texts that have ended; None when all have.
 
         Raises:
             ValueError: a prompt is not one, as in `generate`.
@@ -116,9 +119,7 @@ class TextBatcher(Iterator[BatchedText]):
         self._fill_rows()
         if not self._rows.texts:
             return False
-        ended = self._rows.step()
-        self._timings.decode_tokens += len(self._rows.stepped)
-        for text in ended:
+        for text in self._rows.advance():
             prompt, _ = self._running.pop(id(text))
             self._ended.append(self._batched(prompt, text))
         return True
@@ -131,7 +132,7 @@ class TextBatcher(Iterator[BatchedText]):
     @property
     def timings(self) -> Timings:
         """Tokens and seconds so far."""
-        return replace(self._timings, decode_seconds=self._rows.seconds)
+        return replace(self._timings, decode_tokens=self._rows.made, decode_seconds=self._rows.seconds)
 
     # ---- the queue -----------------------------------------------------------------------------------------------
 

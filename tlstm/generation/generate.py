@@ -193,9 +193,7 @@ class GenerationMixin:
     def _decode(self, request: Request, streamer: Streamer | None) -> GenerateOutput:
         loop, choice = request.start(cast(LanguageModel, self))
         if streamer is None:
-            with torch.inference_mode():
-                while not loop.finished:
-                    loop.step()
+            loop.run()
         else:  # which is the user's, and does not run in inference mode
             streamer.put(request.prompts)
             while not loop.finished:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,50 +17,20 @@ from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.gpu_model import flags_of, packed_weights, plan_for, refuse, settings_of
+from tlstm.generation.kernel_chunks import KernelText, RunningChunk
 from tlstm.generation.prefill import LanguageModel
-from tlstm.generation.sampling import check_some_token
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import StopStrings
 from tlstm.generation.texts import Endings, Text, new_token_limits
 from tlstm.state import LSTMState
 
 if TYPE_CHECKING:
-    from tlstm_kernels.decode_launch import Chunk
     from tlstm_kernels.decode_shape import DecodePlan
 
 # Steps: the first tokens of a text soon, then few launches. Where texts come and go all the time chunks stay small, and
 # a slot is never empty for long.
-_FIRST_CHUNK, _LARGEST_CHUNK = 8, 64
+_FIRST_CHUNK, _LARGEST_CHUNK = 8, 256
 _CHUNK_BYTES = 1 << 26  # of a launch's buffers
-
-
-@dataclass(eq=False, kw_only=True)
-class _KernelText(Text):
-    """A text of the kernel.
-
-    Fields:
-        recurrent, tokens: where it stood when it came: state of one row, all its ids.
-        place: where its state is now: h and c of all layers side by side; None where it has not moved, or has ended.
-    """
-
-    recurrent: LSTMState
-    tokens: Tensor
-    place: tuple[Tensor, Tensor] | None = None
-
-    def tail(self, count: int) -> list[int]:
-        """The newest `count` ids."""
-        return [*self.tokens[-count:].tolist(), *self.new_tokens[-count:]][-count:]
-
-
-@dataclass
-class _Running:
-    """A chunk that was launched: its tokens when they are here, and which text was in each slot, None for none."""
-
-    chunk: Chunk
-    texts: list[_KernelText | None]
-    tokens: list[list[int]] | None = None
-    scores: Tensor | None = None
-    read: int = 0  # steps
 
 
 class KernelRows:
@@ -99,9 +68,9 @@ class KernelRows:
         self._model, self._config, self._places = model, config, places
         self._endings = Endings(config, stop, deadline)
         self._launcher, self._most_steps = launcher, chunk
-        self.texts: list[_KernelText] = []
-        self.stepped: list[_KernelText] = []
-        self.seconds = 0.0
+        self.texts: list[KernelText] = []
+        self.stepped: list[KernelText] = []
+        self.made, self.seconds, self._stops = 0, 0.0, stop is not None
         self._open(plan or plan_for(model, config, places))
 
     @torch.inference_mode()
@@ -120,14 +89,14 @@ class KernelRows:
         step_bytes = plan.streams * (4 * plan.shape.stride + plan.logits_bytes)
         self._largest = max(1, min(self._most_steps, _CHUNK_BYTES // step_bytes))
         self._steps = min(_FIRST_CHUNK, self._largest)  # of the next launch
-        self._slots: list[_KernelText | None] = [None] * plan.streams
+        self._slots: list[KernelText | None] = [None] * plan.streams
         self._waiting = deque(self.texts)
-        self._queue: deque[_Running] = deque()  # the chunk that is read, and the one behind it
+        self._queue: deque[RunningChunk] = deque()  # the chunk that is read, and the one behind it
 
-    def add(self, state: GenerationState) -> list[_KernelText]:
+    def add(self, state: GenerationState) -> list[KernelText]:
         limits = new_token_limits(state, self._config)
         new = [
-            _KernelText(
+            KernelText(
                 limit,
                 None if state.seeds is None else state.seeds[row],
                 state.return_index[row],
@@ -140,55 +109,91 @@ class KernelRows:
         self._waiting.extend(new)
         return new
 
-    @torch.inference_mode()
-    def step(self) -> list[_KernelText]:
+    def step(self) -> list[KernelText]:
         started = time.perf_counter()
         running = self._current()
-        assert running.tokens is not None
-        assert running.scores is not None
-        step, chunk = running.read, running.chunk
-        going = [(slot, text) for slot, text in enumerate(running.texts) if text is not None]
-        check_some_token(running.scores[step, [slot for slot, _ in going]])
+        running.check()
+        step, late = running.read, self._endings.late()
         running.read += 1
+        going = [(slot, text) for slot, text in enumerate(running.texts) if text is not None]
+        ended = []
         for slot, text in going:
-            token = running.tokens[step][slot]
+            token = running.slots[slot][step]
             assert token >= 0, "host and kernel disagree on where a text ends"
             text.new_tokens.append(token)
-            text.place = (chunk.h[step, slot], chunk.c[step, slot])
-        self.stepped = [text for _, text in going]
-        late = self._endings.late()
+            text.place = (running.chunk, step, slot)
+            if self._ends(text, slot, late):
+                ended.append(text)
+        self._account([text for _, text in going], len(going), ended, started)
+        return ended
+
+    def advance(self) -> list[KernelText]:
+        started = time.perf_counter()
+        running = self._current()
+        steps = running.sound_steps - running.read
+        if steps < 1 or self._endings.late():
+            return self.step()
+        going = [(slot, text) for slot, text in enumerate(running.texts) if text is not None]
+        ended, made = [], 0
         for slot, text in going:
-            text.finish_reason = self._endings.reason(text, late, text.tail)
-            if text.finish_reason is not None:
-                self._end(slot, text)
-        ended = [text for text in self.stepped if text.finish_reason is not None]
+            ids = running.rest(slot, steps)
+            count = 0
+            # The kernel itself ends a text where its tokens do; only after a stop string there is more.
+            for piece in [[token] for token in ids] if self._stops else [ids]:
+                count += len(piece)
+                text.new_tokens.extend(piece)
+                text.place = (running.chunk, running.read + count - 1, slot)
+                if self._ends(text, slot, late=False):
+                    ended.append((count, text))
+                    break
+            else:
+                assert count == steps, "host and kernel disagree on where a text ends"
+            made += count
+        running.read += steps
+        in_order = [text for _, text in sorted(ended, key=lambda pair: pair[0])]
+        self._account([text for _, text in going], made, in_order, started)
+        return in_order
+
+    def _ends(self, text: KernelText, slot: int, late: bool) -> bool:
+        """Whether its newest token ends a text, which it then does."""
+        text.finish_reason = self._endings.reason(text, late, text.tail)
+        if text.finish_reason is None:
+            return False
+        text.end, text.place = self.now(text), None  # so that the chunk's memory can go
+        for running in self._queue:  # what the kernel made of it beyond this token counts for nothing
+            running.texts = [None if t is text else t for t in running.texts]
+        self._slots[slot] = None
+        if text.finish_reason in ("stop_string", "time"):
+            with torch.inference_mode():  # in which the streams were made
+                self._session.release([slot])
+        return True
+
+    def _account(self, stepped: list[KernelText], made: int, ended: list[KernelText], started: float) -> None:
+        self.stepped = stepped
+        self.made += made
         if ended:
             self.texts = [text for text in self.texts if text.finish_reason is None]
         self.seconds += time.perf_counter() - started
-        return ended
 
-    def _current(self) -> _Running:
+    def _current(self) -> RunningChunk:
         """The chunk to read from, with the one after it launched."""
-        while self._queue and (
-            self._queue[0].read == self._queue[0].chunk.steps or not any(t is not None for t in self._queue[0].texts)
-        ):
+        while self._queue and self._queue[0].is_done:
             self._queue.popleft()
         if not self._queue:
             self._launch()
         running = self._queue[0]
-        if running.tokens is None:
-            if len(self._queue) == 1 and self._more_after(running):
-                self._launch()
-            running.tokens, running.scores = running.chunk.tokens(), running.chunk.scores()
+        if not running.has_arrived and len(self._queue) == 1 and self._more_after(running):
+            self._launch()
         return running
 
-    def _more_after(self, running: _Running) -> bool:
+    def _more_after(self, running: RunningChunk) -> bool:
         """Whether a text can move on from this chunk to another: may need more steps than it has, or wait for them."""
         steps = running.chunk.steps
         return bool(self._waiting and None in self._slots) or any(
             t is not None and len(t.new_tokens) + steps < t.limit for t in running.texts
         )
 
+    @torch.inference_mode()
     def _launch(self) -> None:
         from tlstm_kernels.decode_launch import PlanTooLargeError
 
@@ -206,10 +211,10 @@ class KernelRows:
             self._open(plan_for(self._model, self._config, self._places))
             self._launch()
             return
-        self._queue.append(_Running(chunk, list(self._slots)))
+        self._queue.append(RunningChunk(chunk, list(self._slots)))
         self._steps = min(2 * self._steps, self._largest)
 
-    def _place_texts(self, taken: Sequence[tuple[int, _KernelText]]) -> None:
+    def _place_texts(self, taken: Sequence[tuple[int, KernelText]]) -> None:
         texts = [text for _, text in taken]
         for slot, text in taken:
             self._slots[slot] = text
@@ -228,25 +233,13 @@ class KernelRows:
         self._session.place([slot for slot, _ in taken], start.h, start.c, fields, [text.tokens for text in texts])
         self._steps = min(_FIRST_CHUNK, self._largest)
 
-    def _end(self, slot: int, text: _KernelText) -> None:
-        text.end, text.place = self.now(text), None  # so that the chunk's memory can go
-        for running in self._queue:  # what the kernel made of it beyond this token counts for nothing
-            running.texts = [None if t is text else t for t in running.texts]
-        self._slots[slot] = None
-        if text.finish_reason in ("stop_string", "time"):
-            self._session.release([slot])
-
     @torch.inference_mode()
     def now(self, text: Text) -> tuple[LSTMState, Tensor]:
-        assert isinstance(text, _KernelText)
+        assert isinstance(text, KernelText)
         if text.end is not None:
             return text.end
-        recurrent = text.recurrent
-        if text.place is not None:
-            parts = list(zip(self._plan.shape.columns, self._plan.shape.widths, strict=False))
-            h, c = (tuple(both[None, first : first + width] for first, width in parts) for both in text.place)
-            recurrent = LSTMState(h=h, c=c)
-        return recurrent.clone(), torch.cat([text.tokens, torch.tensor(text.new_tokens, dtype=torch.int64)])
+        new = torch.tensor(text.new_tokens, dtype=torch.int64)
+        return text.state(self._plan).clone(), torch.cat([text.tokens, new])
 
 
 def _stream(state: LSTMState, row: int) -> LSTMState:

@@ -76,6 +76,15 @@ class DecodeLoop:
             new[self._number[id(text)]] = text.new_tokens[-1]
         return new
 
+    def run(self) -> None:
+        """Every text to its end."""
+        if self._config.output_scores or self._config.output_logits:
+            while not self.finished:
+                self.step()
+        with torch.inference_mode():
+            while not self.finished:
+                self._rows.advance()
+
     def _of_all_texts(self, values: Tensor | None) -> Tensor:
         """A copy of the last step's `values` `(rows, V)` as `(texts, V)`, -inf where a text had ended."""
         assert values is not None

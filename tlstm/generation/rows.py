@@ -50,7 +50,7 @@ class Rows:
         self.stepped: list[Text] = []
         self.logits: Tensor | None = None
         self.scores: Tensor | None = None
-        self.seconds = 0.0
+        self.made, self.seconds = 0, 0.0
 
     @torch.inference_mode()
     def add(self, state: GenerationState) -> list[Text]:
@@ -72,6 +72,9 @@ class Rows:
         with torch.inference_mode():
             return self._step()
 
+    def advance(self) -> list[Text]:
+        return self.step()  # nothing is made ahead
+
     def _step(self) -> list[Text]:
         started = time.perf_counter()
         texts = self.texts
@@ -84,6 +87,7 @@ class Rows:
         self._history.append(tokens)
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text.new_tokens.append(token)
+        self.made += len(texts)
         self._shortest -= 1
         ended = self._end_rows()
         self.seconds += time.perf_counter() - started

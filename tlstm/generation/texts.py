@@ -107,6 +107,11 @@ class TextRows(Protocol):
         ...
 
     @property
+    def made(self) -> int:
+        """Tokens made so far."""
+        ...
+
+    @property
     def seconds(self) -> float:
         """Time that the steps took."""
         ...
@@ -121,6 +126,10 @@ class TextRows(Protocol):
 
     def step(self) -> Sequence[Text]:
         """Make the next token of every text that is not waiting for a place; returns those that it ended."""
+        ...
+
+    def advance(self) -> Sequence[Text]:
+        """As `step`, but all tokens that are there already; the texts in the order in which they ended."""
         ...
 
     def now(self, text: Text, /) -> tuple[LSTMState, Tensor]:
