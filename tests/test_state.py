@@ -36,6 +36,13 @@ def test_select_reorders_and_repeats_streams():
         assert torch.equal(after, torch.stack([before[2], before[0], before[2]]))
 
 
+def test_row_is_one_stream_without_a_copy():
+    state = make_state()
+    for before, after in zip((*state.h, *state.c), (*state.row(2).h, *state.row(2).c), strict=True):
+        assert torch.equal(after, before[2:3])
+        assert after.data_ptr() == before[2].data_ptr()
+
+
 def test_cat_undoes_select():
     state = make_state()
     assert_same(LSTMState.cat([state.select(torch.tensor([row])) for row in range(3)]), state)

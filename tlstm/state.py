@@ -112,6 +112,10 @@ class LSTMState:
         """Streams `rows` (int64, any order, repeats allowed): reorder for beam search, or drop finished streams."""
         return self.map(lambda tensor: tensor.index_select(0, rows))
 
+    def row(self, n: int) -> LSTMState:
+        """Stream `n` alone, without a copy."""
+        return self.map(lambda tensor: tensor[n : n + 1])
+
     def repeat_interleave(self, repeats: int) -> LSTMState:
         """Each stream `repeats` times in a row: one prompt, several continuations."""
         return self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))

@@ -93,10 +93,11 @@ def _small() -> list[Workload]:
 
 
 def _decode() -> list[Workload]:
-    """Generating text: character (65), byte (256), 10k-word and 50k-subword vocabularies, 1 to 64 streams."""
+    """Generating text: character (65), byte (256), 10k-word and 50k-subword vocabularies, 1 to 64 streams. 1024 tokens,
+    so that what a call does once, for its prompts and its results, is not most of it."""
     sizes = [(2, 1024, 65, 1), (2, 1024, 65, 64)]
     sizes += product((2, 1), (1024, 512, 256), (65, 50_257, 256, 10_000), (1, 64, 8))
-    return [Workload(T=256, B=B, H=H, I=H, layers=layers, vocab=V) for layers, H, V, B in sizes]
+    return [Workload(T=1024, B=B, H=H, I=H, layers=layers, vocab=V) for layers, H, V, B in sizes]
 
 
 def _short() -> list[Workload]:

@@ -1,11 +1,13 @@
-"""`RunningChunk`: a launch of the decode kernel as the host reads it, token by token or all at once."""
+"""Launches of the decode kernel as the host reads them, token by token or all at once, and the texts in their slots."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tlstm.generation.sampling import check_some_token
@@ -22,11 +24,12 @@ class KernelText(Text):
     """A text of the kernel.
 
     Fields:
-        recurrent, tokens: where it stood when it came: state of one row, all its ids.
+        source, row, tokens: where it stood when it came: its row of a state, all its ids.
         place: where its state is now: chunk, step and slot; None where it has not moved, or has ended.
     """
 
-    recurrent: LSTMState
+    source: LSTMState
+    row: int
     tokens: Tensor
     place: tuple[Chunk, int, int] | None = None
 
@@ -36,17 +39,31 @@ class KernelText(Text):
             return self.new_tokens[-count:]
         return [*self.tokens[-count:].tolist(), *self.new_tokens][-count:]
 
+    def whole(self) -> Tensor:
+        """All ids, 1-D int64."""
+        return torch.cat([self.tokens, torch.tensor(self.new_tokens, dtype=torch.int64)])
+
     def state(self, plan: DecodePlan) -> LSTMState:
-        """Where it stands now."""
+        """Where it stands now, without a copy."""
         if self.place is None:
-            return self.recurrent
+            return self.source.row(self.row)
         chunk, step, slot = self.place
-        parts = list(zip(plan.shape.columns, plan.shape.widths, strict=False))
-        h, c = (
-            tuple(both[step, slot, None, first : first + width] for first, width in parts)
-            for both in (chunk.h, chunk.c)
-        )
-        return LSTMState(h=h, c=c)
+        return split_state(chunk.h[step, slot, None], chunk.c[step, slot, None], plan)
+
+
+def split_state(h: Tensor, c: Tensor, plan: DecodePlan) -> LSTMState:
+    """Rows of the kernel (n, STRIDE), all layers side by side, as a state of n streams, without a copy."""
+    parts = list(zip(plan.shape.columns, plan.shape.widths, strict=False))
+    split = [tuple(rows[:, first : first + width] for first, width in parts) for rows in (h, c)]
+    return LSTMState(h=split[0], c=split[1])
+
+
+def states_of_new(texts: Sequence[KernelText]) -> LSTMState:
+    """Where texts that have not moved stand, as the streams of one state."""
+    source = texts[0].source
+    if all(text.source is source for text in texts):
+        return source.select(torch.tensor([text.row for text in texts], device=source.device))
+    return LSTMState.cat([text.source.row(text.row) for text in texts])
 
 
 class RunningChunk:

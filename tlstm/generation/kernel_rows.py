@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
 from tlstm.generation.gpu_model import flags_of, packed_weights, plan_for, refuse, settings_of
-from tlstm.generation.kernel_chunks import KernelText, RunningChunk
+from tlstm.generation.kernel_chunks import KernelText, RunningChunk, split_state, states_of_new
 from tlstm.generation.prefill import LanguageModel
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import StopStrings
@@ -100,7 +100,8 @@ class KernelRows:
                 limit,
                 None if state.seeds is None else state.seeds[row],
                 state.return_index[row],
-                recurrent=_stream(state.recurrent, row),
+                source=state.recurrent,
+                row=row,
                 tokens=state.tokens[row],
             )
             for row, limit in enumerate(limits)
@@ -124,7 +125,7 @@ class KernelRows:
             text.place = (running.chunk, step, slot)
             if self._ends(text, slot, late):
                 ended.append(text)
-        self._account([text for _, text in going], len(going), ended, started)
+        self._account(running, [text for _, text in going], len(going), ended, started)
         return ended
 
     def advance(self) -> list[KernelText]:
@@ -151,7 +152,7 @@ class KernelRows:
             made += count
         running.read += steps
         in_order = [text for _, text in sorted(ended, key=lambda pair: pair[0])]
-        self._account([text for _, text in going], made, in_order, started)
+        self._account(running, [text for _, text in going], made, in_order, started)
         return in_order
 
     def _ends(self, text: KernelText, slot: int, late: bool) -> bool:
@@ -159,7 +160,6 @@ class KernelRows:
         text.finish_reason = self._endings.reason(text, late, text.tail)
         if text.finish_reason is None:
             return False
-        text.end, text.place = self.now(text), None  # so that the chunk's memory can go
         for running in self._queue:  # what the kernel made of it beyond this token counts for nothing
             running.texts = [None if t is text else t for t in running.texts]
         self._slots[slot] = None
@@ -168,12 +168,25 @@ class KernelRows:
                 self._session.release([slot])
         return True
 
-    def _account(self, stepped: list[KernelText], made: int, ended: list[KernelText], started: float) -> None:
+    def _account(
+        self, running: RunningChunk, stepped: list[KernelText], made: int, ended: list[KernelText], started: float
+    ) -> None:
         self.stepped = stepped
         self.made += made
         if ended:
+            self._take_out(running, ended)
             self.texts = [text for text in self.texts if text.finish_reason is None]
         self.seconds += time.perf_counter() - started
+
+    @torch.inference_mode()
+    def _take_out(self, running: RunningChunk, ended: list[KernelText]) -> None:
+        """Copy the states of texts that have ended out of their chunk, so that its memory can go."""
+        places = [text.place[1:] for text in ended if text.place is not None]
+        steps, slots = torch.tensor(places, device=self._model.device).T
+        state = split_state(running.chunk.h[steps, slots], running.chunk.c[steps, slots], self._plan)
+        for row, text in enumerate(ended):
+            text.end = state.row(row), text.whole()
+            text.place = None
 
     def _current(self) -> RunningChunk:
         """The chunk to read from, with the one after it launched."""
@@ -229,7 +242,7 @@ class KernelRows:
             "token": [int(text.tokens[-1]) for text in texts],
             "active": [1 for _ in texts],
         }
-        start = LSTMState.cat([text.recurrent for text in texts])
+        start = states_of_new(texts)
         self._session.place([slot for slot, _ in taken], start.h, start.c, fields, [text.tokens for text in texts])
         self._steps = min(_FIRST_CHUNK, self._largest)
 
@@ -238,10 +251,4 @@ class KernelRows:
         assert isinstance(text, KernelText)
         if text.end is not None:
             return text.end
-        new = torch.tensor(text.new_tokens, dtype=torch.int64)
-        return text.state(self._plan).clone(), torch.cat([text.tokens, new])
-
-
-def _stream(state: LSTMState, row: int) -> LSTMState:
-    """One stream of a state, without a copy."""
-    return state.map(lambda tensor: tensor[row : row + 1])
+        return text.state(self._plan).clone(), text.whole()
