@@ -106,6 +106,15 @@ def test_a_place_that_cannot_be_written_costs_a_trial_in_every_process(gpu, monk
     assert len(gpu.held) == 2
 
 
+def test_compiled_kernels_are_known_to_later_processes_and_other_gpus_have_their_own(gpu):
+    assert not trials.has_compiled("a", 0)
+    trials.note_compiled("a", 0)
+    assert trials.has_compiled("a", 0)
+    assert not trials.has_compiled("b", 0)
+    gpu.properties.name = "other"
+    assert not trials.has_compiled("a", 0)
+
+
 def test_no_trial_while_a_graph_is_recorded(gpu):
     gpu.capturing = True
     assert "CUDA graph" in trial_refusal("layer", 0, "float32")
@@ -167,10 +176,17 @@ def test_generation_takes_the_kernel_once_it_has_passed(gpu, monkeypatch):
     monkeypatch.setattr(decoders, "_check_on_gpu", lambda model: None)
     monkeypatch.setattr(decoders.KernelRows, "refusal", staticmethod(lambda model, config: None))
     monkeypatch.setattr(decoders.KernelRows, "__init__", lambda self, *args, **options: None)
+    monkeypatch.setattr(decoders, "kernel_name", lambda model, config, places: "kernel")
     monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
-    request = (model, GenerationConfig(), 1, None, None)
+    request = (model, GenerationConfig(), 1, 10**6, None, None)
     assert isinstance(decoders.kernel_rows(*request, by_name=False), decoders.KernelRows)
     assert gpu.held == [("decode", 0, "float32")]
+    few = (model, GenerationConfig(), 1, 100, None, None)
+    with pytest.raises(decoders.DecoderRefusedError, match="not been compiled on this machine, which takes longer"):
+        decoders.kernel_rows(*few, by_name=False)
+    assert isinstance(decoders.kernel_rows(*few, by_name=True), decoders.KernelRows)
+    trials.note_compiled("kernel", 0)
+    assert isinstance(decoders.kernel_rows(*few, by_name=False), decoders.KernelRows)
     new_process()
     gpu.properties.name, gpu.reason = "other", "h of the last layer is off by 1"
     with (

@@ -1,9 +1,11 @@
-"""Which kernels have passed their trial on which GPU: asked before a kernel is used that nobody asked for by name.
+"""What is known of the kernels on this machine: asked before a kernel is used that nobody asked for by name.
 
 The first call that could use a kernel on a GPU tries it there (`tlstm_kernels.trial`, `tlstm_kernels.decode_trial`):
 some seconds, once for a model of GPU, a dtype, and the versions of torch, triton and the kernels. What has passed is
 remembered in `$XDG_CACHE_HOME/tlstm/trials` (`~/.cache/tlstm/trials`), where that can be written, one file each; delete
 a file to have its trial again. What has not passed is said in a warning and tried again by the next process.
+
+In the same place is noted which kernels were compiled before: Triton has them in its cache, and they start at once.
 """
 
 from __future__ import annotations
@@ -57,15 +59,13 @@ def trial_refusal(
 
 def _verdict(kind: str, index: int, dtype: str) -> str | None:
     conditions = _conditions(kind, index, dtype)
-    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{kind}-{dtype}-{digest}.json"
-    if _has_passed(path, conditions):
+    if _is_noted(conditions):
         return None
     gpu = conditions["gpu"]
     _logger.warning("tlstm: trying the %s kernels in %s on %s; once, for some seconds", kind, dtype, gpu)
     reason = _tried(kind, index, dtype)
     if reason is None:
-        _remember(path, conditions)
+        _note(conditions)
         return None
     warnings.warn(
         f"tlstm's {kind} kernels failed their trial in {dtype} on {gpu}: {reason}. {_INSTEAD[kind]} uses them all the "
@@ -73,6 +73,18 @@ def _verdict(kind: str, index: int, dtype: str) -> str | None:
         stacklevel=2,
     )
     return f"they failed their trial on {gpu}: {reason}"
+
+
+def has_compiled(kernel: str, index: int) -> bool:
+    """Whether `note_compiled` was told of this kernel on this GPU, by this process or an earlier one."""
+    return _is_noted(_conditions("compiled", index, kernel))
+
+
+def note_compiled(kernel: str, index: int) -> None:
+    """Triton has compiled a kernel for the GPU of this index, and keeps it; `kernel` is all that it depends on."""
+    conditions = _conditions("compiled", index, kernel)
+    if not _is_noted(conditions):
+        _note(conditions)
 
 
 def _tried(kind: str, index: int, dtype: str) -> str | None:
@@ -88,12 +100,12 @@ def _tried(kind: str, index: int, dtype: str) -> str | None:
         return run(torch.device("cuda", index), getattr(torch, dtype))
 
 
-def _conditions(kind: str, index: int, dtype: str) -> dict[str, Any]:
-    """All that a verdict depends on."""
+def _conditions(kind: str, index: int, what: str) -> dict[str, Any]:
+    """All that a note depends on; `what` is a dtype, or a kernel."""
     properties = torch.cuda.get_device_properties(index)
     return {
         "kind": kind,
-        "dtype": dtype,
+        "what": what,
         "gpu": properties.name,
         "capability": [properties.major, properties.minor],
         "multiprocessors": properties.multi_processor_count,
@@ -114,22 +126,28 @@ def _source_digest() -> str:
 
 
 def cache_folder() -> Path:
-    """Where passed trials are remembered."""
+    """Where the notes are."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tlstm" / "trials"
 
 
-def _has_passed(path: Path, conditions: dict[str, Any]) -> bool:
+def _path_of(conditions: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / f"{conditions['kind']}-{digest}.json"
+
+
+def _is_noted(conditions: dict[str, Any]) -> bool:
     try:
-        return json.loads(path.read_bytes()) == conditions
-    except (OSError, ValueError):  # not there, or not to be read: the trial is held again
+        return json.loads(_path_of(conditions).read_bytes()) == conditions
+    except (OSError, ValueError):  # not there, or not to be read
         return False
 
 
-def _remember(path: Path, conditions: dict[str, Any]) -> None:
+def _note(conditions: dict[str, Any]) -> None:
+    path = _path_of(conditions)
     partial = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        _logger.info("tlstm: a passed trial could not be remembered in %s: %s", path.parent, error)
+        _logger.info("tlstm: what is known of a kernel could not be noted in %s: %s", path.parent, error)

@@ -85,7 +85,7 @@ class TextBatcher(Iterator[BatchedText]):
             model,
             config,
             places,
-            limit * places,
+            limit * (places if count is None else max(1, count * config.num_return_sequences)),
             stop=StopStrings(config.stop_texts, cast(Decoder, tokenizer)) if config.stop_texts else None,
             deadline=None if config.max_time is None else time.perf_counter() + config.max_time,
             wanted=decoder,

@@ -5,6 +5,9 @@
     lean     the equations of a step over fixed buffers, on a CPU
     loop     a call of the model for every token; serves every model and every request
 
+A kernel has to be compiled for each model's sizes, 10 to 35 s on a machine that has not done so before. Unasked, that is
+done for long texts or many; `decoder="kernel"` does it once, and from then on "auto" takes the kernel for short ones, too.
+
 "The same" is within rounding: two ways may round a logit differently, and where the best two tokens are that close to
 each other, they may choose differently. A way whose rounding would be noticed refuses.
 """
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tlstm.generation.config import GenerationConfig
+from tlstm.generation.gpu_model import kernel_name
 from tlstm.generation.graph_step import GraphError, GraphStep
 from tlstm.generation.kernel_rows import KernelRows
 from tlstm.generation.lean_step import LeanStep, lean_refusal
@@ -26,10 +30,13 @@ from tlstm.generation.state import GenerationState
 from tlstm.generation.step_weights import StepWeights
 from tlstm.generation.stopping import StopStrings
 from tlstm.generation.texts import TextRows, new_token_limits
-from tlstm.trials import trial_refusal
+from tlstm.trials import has_compiled, trial_refusal
 from tlstm.validation import check_choice
 
 DECODERS = ("auto", "kernel", "graph", "lean", "loop")
+# Tokens for which a kernel is compiled unasked. That takes a processor 10 to 35 s for the plans of the committed table,
+# once; a graph makes so many meanwhile, by an estimate that no GPU has confirmed.
+_WORTH_COMPILING = 50_000
 
 
 @dataclass
@@ -90,7 +97,7 @@ def choose_rows(
         return Rows(step, config, model.config.vocab_size, model.device, stop=stop, deadline=deadline)
 
     ways: dict[str, Callable[[], TextRows]] = {
-        "kernel": lambda: kernel_rows(model, config, places, stop, deadline, by_name=wanted == "kernel"),
+        "kernel": lambda: kernel_rows(model, config, places, tokens, stop, deadline, by_name=wanted == "kernel"),
         "graph": lambda: rows(graph_step(model, places)),
         "lean": lambda: rows(lean_step(model, tokens)),
     }
@@ -111,12 +118,14 @@ def kernel_rows(
     model: LanguageModel,
     config: GenerationConfig,
     places: int,
+    tokens: int,
     stop: StopStrings | None,
     deadline: float | None,
     *,
     by_name: bool,
 ) -> KernelRows:
-    """`KernelRows` of the model; unless asked for by name, where the kernel has passed its trial on the GPU.
+    """`KernelRows` of the model; unless asked for by name, where the kernel has passed its trial on the GPU, and is
+    compiled already or will make many tokens.
 
     Raises `DecoderRefusedError`.
     """
@@ -124,7 +133,15 @@ def kernel_rows(
     weights = _weights(model)  # the kernel computes what they describe
     reason = KernelRows.refusal(model, config)
     if reason is None and not by_name:
-        reason = trial_refusal("decode", model.device.index, str(weights.head.dtype).removeprefix("torch."))
+        index = model.device.index
+        assert index is not None
+        if tokens < _WORTH_COMPILING and not has_compiled(kernel_name(model, config, places), index):
+            reason = (
+                "it has not been compiled on this machine, which takes longer than so few tokens; decoder='kernel' "
+                "compiles it for later calls, too"
+            )
+        else:
+            reason = trial_refusal("decode", index, str(weights.head.dtype).removeprefix("torch."))
     if reason is not None:
         raise DecoderRefusedError(reason)
     return KernelRows(model, config, places, stop=stop, deadline=deadline)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from tlstm.generation.config import GenerationConfig
-from tlstm.generation.gpu_model import flags_of, packed_weights, plan_for, refuse, settings_of
+from tlstm.generation.gpu_model import flags_of, kernel_name, packed_weights, plan_for, refuse, settings_of
 from tlstm.generation.kernel_chunks import KernelText, RunningChunk, split_state, states_of_new
 from tlstm.generation.prefill import LanguageModel
 from tlstm.generation.state import GenerationState
 from tlstm.generation.stopping import StopStrings
 from tlstm.generation.texts import Endings, Text, new_token_limits
 from tlstm.state import LSTMState
+from tlstm.trials import note_compiled
 
 if TYPE_CHECKING:
     from tlstm_kernels.decode_shape import DecodePlan
@@ -71,6 +72,7 @@ class KernelRows:
         self.texts: list[KernelText] = []
         self.stepped: list[KernelText] = []
         self.made, self.seconds, self._stops = 0, 0.0, stop is not None
+        self._is_noted = launcher is not None  # that the kernel is compiled
         self._open(plan or plan_for(model, config, places))
 
     @torch.inference_mode()
@@ -224,6 +226,11 @@ class KernelRows:
             self._open(plan_for(self._model, self._config, self._places))
             self._launch()
             return
+        if not self._is_noted:
+            self._is_noted = True
+            index = self._model.device.index
+            assert index is not None
+            note_compiled(kernel_name(self._model, self._config, self._places), index)
         self._queue.append(RunningChunk(chunk, list(self._slots)))
         self._steps = min(2 * self._steps, self._largest)
 
