@@ -18,6 +18,7 @@ from .layer_op import lstm_layer
 
 REPEATS = 3
 MAX_SPINS = 1 << 20  # loads; about a second
+FACTOR = 4  # tests grant 2; an element that is missing or stale is off by far more in any dtype
 SIZES = (65, 7, 40, 650)  # T, B, I, H: no round number among them
 _RESULTS = ("y", "h_n", "c_n")
 _INPUTS = ("x", "h_0", "c_0", "W_ih", "W_hh", "b_ih", "b_hh")
@@ -28,8 +29,8 @@ def layer_trial(
 ) -> str | None:
     """Why a layer should not run on the kernels on this device in this dtype; None if nothing speaks against it.
 
-    Outputs and all gradients must be as near to those in float64 as twice the distance of the equations in `dtype`, and
-    the same bit for bit whenever they are computed. Takes some seconds, most of them for the compiler.
+    Outputs and all gradients must be as near to those in float64 as FACTOR times the distance of the equations in
+    `dtype`, and the same bit for bit whenever they are computed. Takes some seconds, most of them for the compiler.
     """
     exact = _results("reference", device, torch.float64, dtype, sizes)
     own = _results("reference", device, dtype, dtype, sizes)
@@ -51,10 +52,10 @@ def layer_trial(
 
 
 def distance_reason(name: str, found: Tensor, exact: Tensor, own: Tensor) -> str | None:
-    """Says how far `found` is from `exact`, where that is more than twice what `own`, in the same dtype, is."""
+    """Says how far `found` is from `exact`, where that is more than FACTOR times what `own`, in the same dtype, is."""
     scale = float(exact.abs().max())
     error, expected = (float((values.double() - exact).abs().max()) for values in (found, own))
-    bound = 2 * max(expected, torch.finfo(found.dtype).eps * scale)
+    bound = FACTOR * max(expected, torch.finfo(found.dtype).eps * scale)
     if error <= bound:
         return None
     return f"{name} is off by {error:.2g}, and {bound:.2g} were to be expected"  # also where the error is NaN

@@ -5,8 +5,8 @@
     lean     the equations of a step over fixed buffers, on a CPU
     loop     a call of the model for every token; serves every model and every request
 
-A kernel has to be compiled for each model's sizes, 10 to 35 s on a machine that has not done so before. Unasked, that is
-done for long texts or many; `decoder="kernel"` does it once, and from then on "auto" takes the kernel for short ones, too.
+A kernel has to be compiled for each model's sizes, 10 to 35 s on a machine that has not done so before. Unasked, that
+is done for long texts or many; `decoder="kernel"` does it once, and from then on "auto" takes it for short ones, too.
 
 "The same" is within rounding: two ways may round a logit differently, and where the best two tokens are that close to
 each other, they may choose differently. A way whose rounding would be noticed refuses.
