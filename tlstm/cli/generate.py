@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         default="auto",
         choices=DECODERS,
-        help="way to make the tokens (default: the fastest that serves the request; --verbose tells)",
+        help="way to make the tokens (default: the fastest that serves the request; --verbose tells which, and why)",
     )
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group()
