@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tlstm_kernels import ArgumentError
+from tlstm_kernels.gpu import KNOWN_GPUS
 from torch.nn.utils.rnn import pack_sequence
 
 from tlstm.functional import (
@@ -55,6 +58,40 @@ def test_auto_takes_triton_on_a_gpu_that_can(monkeypatch, capability, reason):
     assert resolve_backend("auto", "cuda") == ("triton" if reason is None else "native")
     if reason is not None:
         assert reason in explain_backends("cuda:0")["triton"]
+
+
+CHOICES = {
+    # H, B, gradients, options of the call -> auto
+    "on the chip": ((768, 16, True), {}, "triton"),
+    "wide": ((2048, 16, False), {}, "native"),
+    "the backward pass would stream": ((1024, 64, True), {}, "native"),
+    "the forward pass alone does not": ((1024, 64, False), {}, "triton"),
+    "several launches": ((256, 4096, False), {}, "native"),
+    "resets, which torch has not": ((2048, 16, False), {"resets": True}, "triton"),
+    "cell states, which torch has not": ((2048, 16, False), {"beyond_torch": True}, "triton"),
+    "heads, which torch multiplies out": ((2048, 16, False), {"num_heads": 4}, "triton"),
+    "both directions": ((512, 16, True), {"bidirectional": True}, "triton"),
+    "float64": ((64, 16, True), {"dtype": torch.float64}, "native"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_auto_leaves_to_torch_what_would_not_stay_on_the_chip(monkeypatch, name):
+    plan_at_hand = pytest.importorskip("tlstm_kernels.plan_at_hand", reason="needs triton")
+    monkeypatch.setattr(plan_at_hand, "gpu_of", lambda index: KNOWN_GPUS["H100"])
+    monkeypatch.setattr(plan_at_hand, "stays_on_chip", plan_at_hand.stays_on_chip.__wrapped__)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name, device: None)
+    monkeypatch.setattr(dispatch, "trial_refusal", lambda *key: None)
+    (H, B, gradients), call, expected = CHOICES[name]
+    call = dict(call)
+    dtype, resets = call.pop("dtype", torch.bfloat16), call.pop("resets", False)
+    beyond = call.pop("beyond_torch", False)
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=dtype, requires_grad=gradients)
+    arguments = (x, B, (None, torch.empty(4 * H, 1)), LSTMOptions(**call), beyond, resets)
+    assert dispatch._pick("auto", *arguments) == expected
+    assert dispatch._pick("triton", *arguments) == "triton"
+    with torch.no_grad():
+        assert dispatch._pick("auto", *arguments) == ("triton" if "stream" in name else expected)
 
 
 def test_triton_is_refused_on_amd(monkeypatch):

@@ -36,9 +36,9 @@ class LSTM(torch.nn.LSTM):
     Args:
         proj_size: as in torch.nn.LSTM. The triton backend runs it with W_hh W_hr in the loop and W_hr after it, which
             rounds a little more in half types (kernels/README.md).
-        backend: "auto" (on a GPU where the kernels have passed their trial triton, else native; `tlstm.trials`),
-            "native" (torch's own), "reference" (the equations, slow) or "triton". Assigning to the attribute
-            `backend` changes it later.
+        backend: "auto" (triton on a GPU where the kernels have passed their trial, `tlstm.trials`, and keep the
+            layer's recurrent weights on the chip; else native), "native" (torch's own), "reference" (the equations,
+            slow) or "triton". Assigning to the attribute `backend` changes it later.
         num_heads: blocks N of the recurrent weights, a divisor of hidden_size. With more than one, the units are in N
             heads of H / N units, each of which sees only its own h: `weight_hh_l{k}` is (4H, H / N), row
             q * H + n * H / N + u that of gate q of unit u of head n, and multiplies the h of head n. That is the LSTM

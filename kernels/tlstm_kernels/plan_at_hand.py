@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from .gpu import GPU
 from .launch_options import current_options
-from .launch_plan import LaunchPlan, PlanError
+from .launch_plan import KERNELS, LaunchPlan, PlanError
 from .layer_weights import DirectionWeights
 from .plan_choice import choose_plan
 
@@ -46,6 +46,24 @@ def gpu_of(index: int) -> GPU:
     )
 
 
+@lru_cache(maxsize=4096)
+def stays_on_chip(H: int, B: int, D: int, dtype: str, precision: str, index: int, with_gradients: bool) -> bool:
+    """Whether the plans of a layer keep its recurrent weights on the chip and take the whole batch in one launch.
+
+    So they are where the kernels were made to be ahead of a product for each step. Elsewhere weights are read in every
+    step, once for each group of rows, or launches follow one another.
+    """
+    kernels = KERNELS if with_gradients else KERNELS[:1]
+    plans = [choose_plan(kernel, H, B, dtype, gpu_of(index), D, precision) for kernel in kernels]
+    return all(plan.regime in ("single", "persistent") and plan.launches == 1 for plan in plans)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of a layer's products: float32 follows torch's setting for its own."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 def plan_for(kernel: str, x: Tensor, c_0: Tensor, heads: int = 1, per_step: bool = False) -> LaunchPlan:
     """The plan of "forward" or "backward" for a layer's input (T, B, I) and initial cell state (D, B, H).
 
@@ -57,8 +75,7 @@ def plan_for(kernel: str, x: Tensor, c_0: Tensor, heads: int = 1, per_step: bool
     if per_step or not T * B * H:
         pinned = {"regime": "per_step"}
     dtype = str(x.dtype).removeprefix("torch.")
-    tf32 = dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision, excluded = "tf32" if tf32 else "ieee", _too_large.get(gpu, frozenset())
+    precision, excluded = precision_of(x.dtype), _too_large.get(gpu, frozenset())
     sizes = (kernel, H // heads, B, dtype, gpu, D, precision, pinned)
     if not pinned and gpu in _spilling:
         plan = choose_plan(*sizes, excluded | _spilling[gpu], heads)

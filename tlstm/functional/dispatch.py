@@ -17,6 +17,7 @@ from tlstm.functional.options import BackendUnavailableError, Call, LSTMOptions,
 from tlstm.trials import trial_refusal
 
 BACKENDS = ("auto", "triton", "native", "reference")
+_USUAL_BATCH = 16
 _RUNNERS: dict[str, Runner] = {"native": run_native, "reference": run_reference, "triton": run_kernels}
 
 Seed = int | Tensor | torch.Generator
@@ -67,7 +68,8 @@ def lstm(
         check_resets(resets, tuple(x.shape[:2]), "(time, batch)")
     if reset_state is not None:
         check_reset_state(reset_state, resets, tuple(hx[0].shape), tuple(hx[1].shape), weights[0])
-    name = _pick(backend, x, return_cell_states or options.zones_out)
+    beyond_torch = return_cell_states or options.zones_out
+    name = _pick(backend, x, x.size(1), weights, options, beyond_torch, resets is not None)
     seed = None if dropout_seed is None else seed_tensor(dropout_seed, x.device)
     if x.size(0) == 0:
         # torch refuses an empty sequence; nothing to read leaves the state as it is.
@@ -96,7 +98,9 @@ def lstm_packed(
         data of the output (N, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), rows in the packed order, and with
         `return_cell_states` a tuple of one (N, D*H) for each layer.
     """
-    name, seed = _pick(backend, data, return_cell_states or options.zones_out), seed_tensor(dropout_seed, data.device)
+    beyond_torch = return_cell_states or options.zones_out
+    name = _pick(backend, data, int(batch_sizes[0]), weights, options, beyond_torch)
+    seed = seed_tensor(dropout_seed, data.device)
     call = Call(None, None, None, seed, return_cell_states, batch_sizes, rows, from_zero=hx is None)
     hx = zero_state(data, int(batch_sizes[0]), weights, options) if hx is None else hx
     if name == "native":
@@ -182,10 +186,32 @@ def _why_no_triton(device_type: str | None, index: int | None) -> str | None:
     return None
 
 
-def _pick(backend: str, x: Tensor, beyond_torch: bool) -> str:
-    """`resolve_backend`; what torch's own LSTM does not know (cell states, zoneout) the equations do in its place."""
-    name = resolve_backend(backend, x.device, _dtype_of(x))
+def _pick(
+    backend: str, x: Tensor, B: int, weights: Weights, options: LSTMOptions, beyond_torch: bool, resets: bool = False
+) -> str:
+    """`resolve_backend` for one call.
+
+    What torch's own LSTM does not know (cell states, zoneout) the equations do in its place. And what it does well,
+    `auto` leaves to it: layers whose recurrent weights would not stay on the chip.
+    """
+    dtype = _dtype_of(x)
+    name = resolve_backend(backend, x.device, dtype)
+    if backend == "auto" and name == "triton" and not (beyond_torch or resets or options.num_heads > 1):
+        width = weights[1].size(0) // 4
+        # A compiled function is for any batch, and has the choice for a usual one.
+        rows = _USUAL_BATCH if torch.compiler.is_compiling() else B
+        gradients = torch.is_grad_enabled() and (x.requires_grad or weights[1].requires_grad)
+        if not _stays_on_chip(width, rows, options.num_directions, dtype, x.device.index, gradients):
+            name = "native"
     return "reference" if beyond_torch and name == "native" else name
+
+
+@torch.compiler.assume_constant_result
+def _stays_on_chip(H: int, B: int, D: int, dtype: torch.dtype, index: int, gradients: bool) -> bool:
+    from tlstm_kernels.plan_at_hand import precision_of, stays_on_chip
+
+    name = str(dtype).removeprefix("torch.")
+    return stays_on_chip(H, B, D, name, precision_of(dtype), index, gradients)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
