@@ -92,6 +92,8 @@ def test_auto_leaves_to_torch_what_would_not_stay_on_the_chip(monkeypatch, name)
     assert dispatch._pick("triton", *arguments) == "triton"
     with torch.no_grad():
         assert dispatch._pick("auto", *arguments) == ("triton" if "stream" in name else expected)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # for whatever sizes
+    assert dispatch._pick("auto", *arguments) == ("native" if dtype == torch.float64 else "triton")
 
 
 def test_triton_is_refused_on_amd(monkeypatch):

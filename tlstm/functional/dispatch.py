@@ -17,7 +17,6 @@ from tlstm.functional.options import BackendUnavailableError, Call, LSTMOptions,
 from tlstm.trials import trial_refusal
 
 BACKENDS = ("auto", "triton", "native", "reference")
-_USUAL_BATCH = 16
 _RUNNERS: dict[str, Runner] = {"native": run_native, "reference": run_reference, "triton": run_kernels}
 
 Seed = int | Tensor | torch.Generator
@@ -192,26 +191,20 @@ def _pick(
     """`resolve_backend` for one call.
 
     What torch's own LSTM does not know (cell states, zoneout) the equations do in its place. And what it does well,
-    `auto` leaves to it: layers whose recurrent weights would not stay on the chip.
+    `auto` leaves to it: layers whose recurrent weights would not stay on the chip. A compiled function, which is one
+    for many sizes, has the kernels for all of them.
     """
     dtype = _dtype_of(x)
     name = resolve_backend(backend, x.device, dtype)
-    if backend == "auto" and name == "triton" and not (beyond_torch or resets or options.num_heads > 1):
-        width = weights[1].size(0) // 4
-        # A compiled function is for any batch, and has the choice for a usual one.
-        rows = _USUAL_BATCH if torch.compiler.is_compiling() else B
+    may_be_native = not (beyond_torch or resets or options.num_heads > 1 or torch.compiler.is_compiling())
+    if backend == "auto" and name == "triton" and may_be_native:
+        from tlstm_kernels.plan_at_hand import precision_of, stays_on_chip
+
+        kind, H = str(dtype).removeprefix("torch."), weights[1].size(0) // 4
         gradients = torch.is_grad_enabled() and (x.requires_grad or weights[1].requires_grad)
-        if not _stays_on_chip(width, rows, options.num_directions, dtype, x.device.index, gradients):
+        if not stays_on_chip(H, B, options.num_directions, kind, precision_of(dtype), x.device.index, gradients):
             name = "native"
     return "reference" if beyond_torch and name == "native" else name
-
-
-@torch.compiler.assume_constant_result
-def _stays_on_chip(H: int, B: int, D: int, dtype: torch.dtype, index: int, gradients: bool) -> bool:
-    from tlstm_kernels.plan_at_hand import precision_of, stays_on_chip
-
-    name = str(dtype).removeprefix("torch.")
-    return stays_on_chip(H, B, D, name, precision_of(dtype), index, gradients)
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
