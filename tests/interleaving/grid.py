@@ -44,10 +44,13 @@ class Program:
     waits_for: str | None = None
 
     def note_load(
-        self, addresses: np.ndarray, values: np.ndarray, patience: int, describe: Callable[[int], str]
+        self, addresses: np.ndarray, values: np.ndarray, itemsize: int, patience: int, describe: Callable[[int], str]
     ) -> None:
-        """A load that finds the same elements unwritten (all bits one) `patience` times makes the program wait."""
-        unwritten = (values.view(np.uint8).reshape(values.size, -1, min(2, values.itemsize)) == 255).all(-1).any(-1)
+        """A load that finds the same elements unwritten (all bits one) `patience` times makes the program wait.
+
+        A value may hold several elements of `itemsize` bytes. Half an element may well be all ones.
+        """
+        unwritten = (values.view(np.uint8).reshape(values.size, -1, itemsize) == 255).all(-1).any(-1)
         first, result = int(addresses[0]), values.tobytes()
         seen, repeats = self.loads.get(first, (b"", 0))
         repeats = repeats + 1 if seen == result else 1
@@ -175,7 +178,8 @@ class Grid:
                 self.main.switch()
         data[chosen] = bits
         if shared:
-            self.programs[self.memory.now].note_load(addresses, bits, self.patience, self.memory.describe)
+            itemsize = self.memory.region_of(int(addresses[0])).itemsize
+            self.programs[self.memory.now].note_load(addresses, bits, itemsize, self.patience, self.memory.describe)
         return TensorHandle(data, element)
 
     def _store(self, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *_: Any) -> None:
