@@ -68,6 +68,21 @@ class LayerFunction(torch.autograd.Function):
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
 
 
+def run_eagerly(
+    x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None, backend: str, keep: str, *rest: Any
+) -> Any:
+    """`LayerFunction` as cheaply as the moment allows: a call of a few hundred microseconds is not to wait for Python.
+
+    Without gradients there is nothing for autograd to know. And `Function.apply` looks up the signature of `forward`
+    at every call, 40 us, for defaults that it has not; only the transforms of torch.func need what else it does.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, *rest)
+    if keep == "nothing" and torch.autograd.forward_ad._current_level < 0:
+        return LayerFunction.forward(x, h_0, c_0, lengths, backend, keep, *rest)
+    return super(torch.autograd.Function, LayerFunction).apply(x, h_0, c_0, lengths, backend, keep, *rest)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::lstm_layer", mutates_args=())
 def lstm_layer_op(
     x: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import layer_reference
 from .checks import check_layer, check_zoneout
-from .layer_autograd import PLAIN_TENSORS, LayerFunction, lstm_layer_op
+from .layer_autograd import PLAIN_TENSORS, lstm_layer_op, run_eagerly
 from .layer_weights import split_weights, weight_kinds
 from .positions import valid_positions, zero_padding
 from .projection import projected_layer
@@ -98,7 +98,7 @@ def lstm_layer(
     if traced or type(x) not in PLAIN_TENSORS:
         y, h_n, c_n, _, cells = lstm_layer_op(x, h_0, c_0, list(weights), lengths, backend, keep, *rest)
     else:
-        y, h_n, c_n, _, cells = LayerFunction.apply(x, h_0, c_0, lengths, backend, keep, *rest, *weights)
+        y, h_n, c_n, _, cells = run_eagerly(x, h_0, c_0, lengths, backend, keep, *rest, *weights)
     if not with_cells:
         return y, h_n, c_n, None
     # What the kernels keep past a row's length is anything, and in their own dtype.

@@ -70,18 +70,36 @@ def plan_for(kernel: str, x: Tensor, c_0: Tensor, heads: int = 1, per_step: bool
     A layer with a projection has that of the layer without one that it is run as (`projection`).
     """
     (T, B, _), (D, _, H) = x.shape, c_0.shape
-    gpu = gpu_of(x.device.index)
     pinned = dict(current_options().pins(kernel))
     if per_step or not T * B * H:
         pinned = {"regime": "per_step"}
-    dtype = str(x.dtype).removeprefix("torch.")
-    precision, excluded = precision_of(x.dtype), _too_large.get(gpu, frozenset())
-    sizes = (kernel, H // heads, B, dtype, gpu, D, precision, pinned)
+    dtype, index = str(x.dtype).removeprefix("torch."), x.device.index
+    sizes = (kernel, H // heads, B, dtype, index, D, precision_of(x.dtype), heads)
+    return _plan(*sizes, tuple(pinned.items())) if pinned else _usual_plan(*sizes)
+
+
+def _plan(
+    kernel: str,
+    H: int,
+    B: int,
+    dtype: str,
+    index: int,
+    D: int,
+    precision: str,
+    heads: int,
+    pinned: tuple[tuple[str, int | str], ...] = (),
+) -> LaunchPlan:
+    gpu = gpu_of(index)
+    sizes, excluded = (kernel, H, B, dtype, gpu, D, precision, dict(pinned)), _too_large.get(gpu, frozenset())
     if not pinned and gpu in _spilling:
         plan = choose_plan(*sizes, excluded | _spilling[gpu], heads)
         if plan.regime != "per_step":
             return plan
     return choose_plan(*sizes, excluded, heads)
+
+
+# Without pins, what a call of a known size has to look up; cleared when another plan turns out not to fit.
+_usual_plan = lru_cache(maxsize=4096)(_plan)
 
 
 def with_plan(
@@ -99,11 +117,13 @@ def with_plan(
         except SpillsError:
             gpu = gpu_of(x.device.index)
             _spilling[gpu] = _spilling.get(gpu, frozenset()) | {plan}
+            _usual_plan.cache_clear()
         except OutOfResources as error:
             if plan.source == "pinned":
                 raise PlanError(f"plan: the compiled kernel does not fit: {error}. {plan.describe()}") from error
             gpu = gpu_of(x.device.index)
             _too_large[gpu] = _too_large.get(gpu, frozenset()) | {plan}
+            _usual_plan.cache_clear()
 
 
 def is_known_to_spill(plan: LaunchPlan) -> bool:

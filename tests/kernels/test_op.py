@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 from tlstm_kernels import ArgumentError
-from tlstm_kernels.layer_op import LayerFunction, lstm_layer, lstm_layer_op
-from torch.autograd import gradcheck, gradgradcheck
+from tlstm_kernels.layer_autograd import LayerFunction, run_eagerly
+from tlstm_kernels.layer_op import lstm_layer, lstm_layer_op
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from tlstm.functional import LSTMOptions, lstm
 from tlstm.layer import LSTM
@@ -51,7 +52,7 @@ def make_layer(case, dtype=torch.float32, steps=T):
 
 def eager(keep, x, h_0, c_0, weights, lengths, *options):
     options = (*options[:3], False, *(options[3:] or NO_ZONEOUT))
-    return LayerFunction.apply(x, h_0, c_0, lengths, "reference", keep, *options, *weights)[:3]
+    return run_eagerly(x, h_0, c_0, lengths, "reference", keep, *options, *weights)[:3]
 
 
 def compiled(keep, *layer):
@@ -159,6 +160,24 @@ def test_vmap_over_the_resets_of_the_eager_way():
         return eager("gates", x, h_0, c_0, weights, None, resets, None, None)[0]
 
     torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(mask) for mask in many]))
+
+
+def test_the_eager_way_takes_every_short_cut_and_none_where_something_would_be_lost():
+    """Without gradients, under torch.func, and in forward mode, which the layer has not and must not ignore."""
+    x, h_0, c_0, weights, *_ = make_layer(CASES["plain"])
+    plain = [t.detach() for t in (x, h_0, c_0, *weights)]
+
+    def y_of(x):
+        return run_eagerly(x, *plain[1:3], None, "reference", "nothing", *[None] * 3, False, *NO_ZONEOUT, *plain[3:])[0]
+
+    expected = LayerFunction.apply(
+        *plain[:3], None, "reference", "nothing", None, None, None, False, *NO_ZONEOUT, *plain[3:]
+    )[0]
+    assert torch.equal(y_of(plain[0]), expected)
+    many = torch.stack((plain[0], -plain[0]))
+    torch.testing.assert_close(torch.func.vmap(y_of)(many), torch.stack([y_of(one) for one in many]))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD"):
+        y_of(forward_ad.make_dual(plain[0], torch.ones_like(plain[0])))
 
 
 def test_vmap_and_jacobians_of_the_eager_way():
