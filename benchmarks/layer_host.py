@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:kernels python -m benchmarks.layer_host [--turns N] [--out FILE.csv]
 
-The kernels are replaced by ones that do nothing and the tensors are tiny and on the CPU, so that what is left is Python
-and torch: checks, plans, allocations, the call of each product, autograd. On a GPU the host is ahead as long as that is
-shorter than the kernels; of short sequences it is most of a call. torch.nn.LSTM beside it is torch's own call of the same
-size on the CPU, arithmetic included. Times are the process's CPU time, one thread.
+The kernels are replaced by ones that do nothing and the tensors are tiny and on the CPU, so that what is left is
+Python and torch: checks, plans, allocations, the call of each product, autograd. On a GPU the host is ahead as long as
+that is shorter than the kernels; of short sequences it is most of a call. torch.nn.LSTM beside it is torch's own call
+of the same size on the CPU, arithmetic included. Times are the process's CPU time, one thread.
 """
 
 from __future__ import annotations
