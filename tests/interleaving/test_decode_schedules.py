@@ -35,9 +35,6 @@ TINIES = {
     "keys of both programs": replace(TINY, V=23, settings=SAMPLING),
     "filtered by owners": replace(TINY, B=2, rows=2, steps=2, settings={"do_sample": True, "min_p": 0.05}),
     "filtered by everyone": replace(TINY, mode="everyone", settings={"do_sample": True, "min_p": 0.05}),
-    "filtered in long rows": replace(
-        TINY, V=23, B=2, rows=2, steps=2, filter_block=8, settings={"do_sample": True, "min_p": 0.05}
-    ),
     "contraction in two parts": replace(TINY, widths=(33, 7), steps=2, block_k=32, split_k=2),
 }
 # More of everything, one schedule each on every commit.
@@ -46,7 +43,7 @@ LARGER = {
     "1000 tokens": replace(SMALL, V=1000, block_v=64, programs=3, settings=SAMPLING),
     "1000 tokens, filtered by owners": replace(SMALL, V=1000, block_v=64, B=5, rows=8, settings=FILTERS, steps=2),
     "5000 tokens, filtered in long rows": replace(
-        SMALL, V=5000, block_v=64, programs=3, B=3, rows=4, settings=FILTERS | {"top_k": 70}, steps=2, filter_block=1024
+        SMALL, V=5000, block_v=64, programs=3, settings=FILTERS | {"top_k": 70}, steps=2, filter_block=1024
     ),
     "65 tokens, filtered by everyone": replace(SMALL, V=65, mode="everyone", B=2, rows=2, settings=FILTERS),
     "four programs": replace(SMALL, programs=4, widths=(13, 13), settings=SAMPLING),
