@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -111,7 +110,7 @@ def _conditions(kind: str, index: int, what: str) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": importlib.metadata.version("triton"),
+        "triton": importlib.import_module("triton").__version__,  # whatever name it was installed by
         "kernels": _source_digest(),
     }
 
