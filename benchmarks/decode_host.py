@@ -11,7 +11,6 @@ Times are the process's CPU time, one thread, without the filling of buffers, wh
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 import time
@@ -23,6 +22,7 @@ from tlstm_kernels.decode_plan import choose_decode_plan
 from tlstm_kernels.decode_shape import DecodePlan
 from tlstm_kernels.gpu import KNOWN_GPUS
 
+from benchmarks.compiled_table import write
 from tlstm import LSTMConfig, LSTMForCausalLM
 from tlstm.benchmark.environment import commit_of, cpu_name
 from tlstm.generation.gpu_model import choice_of, shape_of
@@ -99,10 +99,7 @@ def main() -> None:
             found.append({"way": way, "B": B, **{name: f"{value:.2f}" for name, value in figures.items()}, **about})
             print(*(f"{name}={found[-1][name]}" for name in COLUMNS[:6]), flush=True)
     if args.out:
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write(args.out, COLUMNS, found)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ of the same size on the CPU, arithmetic included. Times are the process's CPU ti
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 import time
@@ -26,6 +25,7 @@ from tlstm_kernels import kernel_calls, layer_op, plan_at_hand
 from tlstm_kernels.checks import check_layer
 from tlstm_kernels.gpu import KNOWN_GPUS
 
+from benchmarks.compiled_table import write
 from tlstm import LSTM
 from tlstm.benchmark.environment import commit_of, cpu_name
 from tlstm.functional import dispatch
@@ -97,10 +97,7 @@ def main() -> None:
                 found.append({"layer": name, "mode": mode, **{k: f"{v:.1f}" for k, v in figures.items()}, **about})
                 print(*(f"{column}={found[-1][column]}" for column in COLUMNS[:6]), flush=True)
     if args.out:
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+        write(args.out, COLUMNS, found)
 
 
 if __name__ == "__main__":
