@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from tlstm_kernels import decode, decode_exchange, exchange
+from tlstm_kernels.decode_launch import DecodeSession
 from tlstm_kernels.kernel_calls import ExchangeError
 from tlstm_kernels.launch_options import launch_options
 
@@ -130,6 +131,18 @@ def test_stop_strings_end_a_text_in_the_middle_of_a_chunk(seed):
     found = with_kernel(case, model, seed, stop=stop)
     assert found.reasons[0] == "stop_string"
     assert_same(found, Run(output.new_tokens, output.finish_reasons, output.state), case.dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_less_than_a_chunk_is_made_beyond_a_stop_string(seed, monkeypatch):
+    case = DecodeCase(steps=12, chunk=4, settings={"do_sample": True})
+    model, expected = clear_case(case)
+    launch, steps = DecodeSession.launch, []
+    monkeypatch.setattr(DecodeSession, "launch", lambda self, n: (steps.append(n), launch(self, n))[1])
+    stop = StopStrings([Letters().decode(expected.tokens[0][3:5])], Letters())
+    found = with_kernel(case, model, seed, stop=stop)
+    assert found.reasons == ["stop_string"]
+    assert 0 < sum(steps) - len(found.tokens[0]) < case.chunk
 
 
 @pytest.mark.parametrize("seed", [0, 1])

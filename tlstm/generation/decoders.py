@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tlstm.generation.config import GenerationConfig
-from tlstm.generation.gpu_model import kernel_name
+from tlstm.generation.gpu_model import kernel_name, plan_for
 from tlstm.generation.graph_step import GraphError, GraphStep
 from tlstm.generation.kernel_rows import KernelRows
 from tlstm.generation.lean_step import LeanStep, lean_refusal
@@ -135,7 +135,8 @@ def kernel_rows(
     if reason is None and not by_name:
         index = model.device.index
         assert index is not None
-        if tokens < _WORTH_COMPILING and not has_compiled(kernel_name(model, config, places), index):
+        plan = plan_for(model, config, places)
+        if tokens < _WORTH_COMPILING and not has_compiled(kernel_name(plan, config), index):
             reason = (
                 "it has not been compiled on this machine, which takes longer than so few tokens; decoder='kernel' "
                 "compiles it for later calls, too"

@@ -121,9 +121,8 @@ def plan_for(model: LanguageModel, config: GenerationConfig, texts: int) -> Deco
     return plan
 
 
-def kernel_name(model: LanguageModel, config: GenerationConfig, texts: int) -> str:
+def kernel_name(plan: DecodePlan, config: GenerationConfig) -> str:
     """All that the compiled kernel for a request depends on."""
-    plan = plan_for(model, config, texts)
     has_flags = bool(config.suppress_tokens or config.eos_ids)
     return f"decode {plan.constants()} {plan.num_warps} {has_flags} {config.repetition_penalty != 1}"
 

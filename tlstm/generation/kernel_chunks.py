@@ -82,11 +82,6 @@ class RunningChunk:
         """Whether nothing of it is left to read."""
         return self.read == self.chunk.steps or not any(text is not None for text in self.texts)
 
-    @property
-    def has_arrived(self) -> bool:
-        """Whether somebody has waited for it."""
-        return "_tokens" in self.__dict__
-
     @cached_property
     def _tokens(self) -> Tensor:
         return self.chunk.tokens()

@@ -43,7 +43,8 @@ class KernelRows:
         places: texts at once, or fewer where the GPU takes fewer.
         deadline: `time.perf_counter()` value after which every text ends, or None.
         plan: how to cut the kernel, in place of the plan that suits the GPU. launcher: what runs it (tests).
-        chunk: most steps of a launch.
+        chunk: most steps of a launch. Half as many where stop strings may end a text, so that what the kernel has made
+            beyond one, in the chunk that is read and the one behind it, is less than a chunk.
     """
 
     logits: Tensor | None = None  # which never leave the GPU
@@ -68,7 +69,7 @@ class KernelRows:
     ) -> None:
         self._model, self._config, self._places = model, config, places
         self._endings = Endings(config, stop, deadline)
-        self._launcher, self._most_steps = launcher, chunk
+        self._launcher, self._most_steps = launcher, chunk if stop is None else max(1, chunk // 2)
         self.texts: list[KernelText] = []
         self.stepped: list[KernelText] = []
         self.made, self.seconds, self._stops = 0, 0.0, stop is not None
@@ -113,29 +114,17 @@ class KernelRows:
         return new
 
     def step(self) -> list[KernelText]:
-        started = time.perf_counter()
-        running = self._current()
-        running.check()
-        step, late = running.read, self._endings.late()
-        running.read += 1
-        going = [(slot, text) for slot, text in enumerate(running.texts) if text is not None]
-        ended = []
-        for slot, text in going:
-            token = running.slots[slot][step]
-            assert token >= 0, "host and kernel disagree on where a text ends"
-            text.new_tokens.append(token)
-            text.place = (running.chunk, step, slot)
-            if self._ends(text, slot, late):
-                ended.append(text)
-        self._account(running, [text for _, text in going], len(going), ended, started)
-        return ended
+        return self._read(1)
 
     def advance(self) -> list[KernelText]:
-        started = time.perf_counter()
+        return self._read(self._largest)
+
+    def _read(self, most: int) -> list[KernelText]:
+        """Take up to so many steps of the chunk that is to be read; returns the texts in the order of their ends."""
+        started, late = time.perf_counter(), self._endings.late()
         running = self._current()
-        steps = running.sound_steps - running.read
-        if steps < 1 or self._endings.late():
-            return self.step()
+        running.check()
+        steps = 1 if late else min(most, running.sound_steps - running.read)
         going = [(slot, text) for slot, text in enumerate(running.texts) if text is not None]
         ended, made = [], 0
         for slot, text in going:
@@ -146,7 +135,7 @@ class KernelRows:
                 count += len(piece)
                 text.new_tokens.extend(piece)
                 text.place = (running.chunk, running.read + count - 1, slot)
-                if self._ends(text, slot, late=False):
+                if self._ends(text, slot, late):
                     ended.append((count, text))
                     break
             else:
@@ -154,7 +143,12 @@ class KernelRows:
             made += count
         running.read += steps
         in_order = [text for _, text in sorted(ended, key=lambda pair: pair[0])]
-        self._account(running, [text for _, text in going], made, in_order, started)
+        if ended:
+            self._take_out(running, in_order)
+            self.texts = [text for text in self.texts if text.finish_reason is None]
+        self.stepped = [text for _, text in going]
+        self.made += made
+        self.seconds += time.perf_counter() - started
         return in_order
 
     def _ends(self, text: KernelText, slot: int, late: bool) -> bool:
@@ -169,16 +163,6 @@ class KernelRows:
             with torch.inference_mode():  # in which the streams were made
                 self._session.release([slot])
         return True
-
-    def _account(
-        self, running: RunningChunk, stepped: list[KernelText], made: int, ended: list[KernelText], started: float
-    ) -> None:
-        self.stepped = stepped
-        self.made += made
-        if ended:
-            self._take_out(running, ended)
-            self.texts = [text for text in self.texts if text.finish_reason is None]
-        self.seconds += time.perf_counter() - started
 
     @torch.inference_mode()
     def _take_out(self, running: RunningChunk, ended: list[KernelText]) -> None:
@@ -197,7 +181,7 @@ class KernelRows:
         if not self._queue:
             self._launch()
         running = self._queue[0]
-        if not running.has_arrived and len(self._queue) == 1 and self._more_after(running):
+        if running.read == 0 and len(self._queue) == 1 and self._more_after(running):
             self._launch()
         return running
 
@@ -230,7 +214,7 @@ class KernelRows:
             self._is_noted = True
             index = self._model.device.index
             assert index is not None
-            note_compiled(kernel_name(self._model, self._config, self._places), index)
+            note_compiled(kernel_name(self._plan, self._config), index)
         self._queue.append(RunningChunk(chunk, list(self._slots)))
         self._steps = min(2 * self._steps, self._largest)
 

@@ -78,12 +78,11 @@ class DecodeLoop:
 
     def run(self) -> None:
         """Every text to its end."""
-        if self._config.output_scores or self._config.output_logits:
-            while not self.finished:
-                self.step()
+        keeps_each = self._config.output_scores or self._config.output_logits
+        go_on = self.step if keeps_each else self._rows.advance
         with torch.inference_mode():
             while not self.finished:
-                self._rows.advance()
+                go_on()
 
     def _of_all_texts(self, values: Tensor | None) -> Tensor:
         """A copy of the last step's `values` `(rows, V)` as `(texts, V)`, -inf where a text had ended."""
