@@ -79,7 +79,7 @@ CHOICES = {
 def test_auto_leaves_to_torch_what_would_not_stay_on_the_chip(monkeypatch, name):
     plan_at_hand = pytest.importorskip("tlstm_kernels.plan_at_hand", reason="needs triton")
     monkeypatch.setattr(plan_at_hand, "gpu_of", lambda index: KNOWN_GPUS["H100"])
-    monkeypatch.setattr(plan_at_hand, "stays_on_chip", plan_at_hand.stays_on_chip.__wrapped__)
+    monkeypatch.setattr(plan_at_hand, "_usual_plan", plan_at_hand._plan)
     monkeypatch.setattr(dispatch, "why_unavailable", lambda name, device: None)
     monkeypatch.setattr(dispatch, "trial_refusal", lambda *key: None)
     (H, B, gradients), call, expected = CHOICES[name]

@@ -12,7 +12,7 @@ import torch
 from small_models import causal_lm
 
 from tlstm import trials
-from tlstm.functional import resolve_backend
+from tlstm.functional import dispatch, resolve_backend
 from tlstm.generation import decoders
 from tlstm.generation.config import GenerationConfig
 from tlstm.trials import trial_refusal
@@ -52,13 +52,16 @@ def new_process() -> None:
     trials._verdicts.clear()
 
 
-def test_auto_means_the_kernels_once_they_have_passed(gpu, caplog):
+def test_auto_means_the_kernels_once_they_have_passed(gpu, caplog, monkeypatch):
     assert resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
     assert gpu.held == [("layer", 0, "bfloat16")]
     assert "trying the layer kernels in bfloat16 on GPU" in caplog.text
     for device in ("cuda", "cuda:0"):
         assert resolve_backend("auto", device, torch.bfloat16) == "triton"
     assert len(gpu.held) == 1
+    with monkeypatch.context() as patch:  # no later call looks at driver and packages
+        patch.setattr(dispatch, "why_unavailable", None)
+        assert resolve_backend("auto", "cuda:0", torch.bfloat16) == "triton"
     new_process()
     assert resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
     assert len(gpu.held) == 1  # remembered

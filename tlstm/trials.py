@@ -26,9 +26,12 @@ import tlstm_kernels
 import torch
 
 _TRIALS = {"layer": "trial", "decode": "decode_trial"}
-_INSTEAD = {"layer": "torch's own LSTM is used in their place; backend='triton'", "decode": "decoder='kernel'"}
+_INSTEAD = {
+    "layer": "torch's own LSTM is used in their place; backend='triton' uses them all the same",
+    "decode": "tokens are made without them; decoder='kernel' uses them all the same",
+}
 _logger = logging.getLogger("tlstm")
-_verdicts: dict[tuple[str, int, str], str | None] = {}
+_verdicts: dict[tuple[str, int | None, str], str | None] = {}
 _lock = threading.RLock()
 
 
@@ -56,6 +59,12 @@ def trial_refusal(
     return _verdicts[key]
 
 
+@torch.compiler.assume_constant_result
+def has_passed(kind: str, index: int | None, dtype: str) -> bool:
+    """Whether this process knows that the kernels have passed, without a look at anything else."""
+    return _verdicts.get((kind, index, dtype), "unknown") is None
+
+
 def _verdict(kind: str, index: int, dtype: str) -> str | None:
     conditions = _conditions(kind, index, dtype)
     if _is_noted(conditions):
@@ -67,8 +76,7 @@ def _verdict(kind: str, index: int, dtype: str) -> str | None:
         _note(conditions)
         return None
     warnings.warn(
-        f"tlstm's {kind} kernels failed their trial in {dtype} on {gpu}: {reason}. {_INSTEAD[kind]} uses them all the "
-        "same. Please report this.",
+        f"tlstm's {kind} kernels failed their trial in {dtype} on {gpu}: {reason}. {_INSTEAD[kind]}. Please report it.",
         stacklevel=2,
     )
     return f"they failed their trial on {gpu}: {reason}"

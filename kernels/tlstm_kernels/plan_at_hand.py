@@ -46,18 +46,6 @@ def gpu_of(index: int) -> GPU:
     )
 
 
-@lru_cache(maxsize=4096)
-def stays_on_chip(H: int, B: int, D: int, dtype: str, precision: str, index: int, with_gradients: bool) -> bool:
-    """Whether the plans of a layer keep its recurrent weights on the chip and take the whole batch in one launch.
-
-    So they are where the kernels were made to be ahead of a product for each step. Elsewhere weights are read in every
-    step, once for each group of rows, or launches follow one another.
-    """
-    kernels = KERNELS if with_gradients else KERNELS[:1]
-    plans = [choose_plan(kernel, H, B, dtype, gpu_of(index), D, precision) for kernel in kernels]
-    return all(plan.regime in ("single", "persistent") and plan.launches == 1 for plan in plans)
-
-
 def precision_of(dtype: torch.dtype) -> str:
     """Of a layer's products: float32 follows torch's setting for its own."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -100,6 +88,17 @@ def _plan(
 
 # Without pins, what a call of a known size has to look up; cleared when another plan turns out not to fit.
 _usual_plan = lru_cache(maxsize=4096)(_plan)
+
+
+def stays_on_chip(H: int, B: int, D: int, with_gradients: bool, dtype: str, precision: str, index: int) -> bool:
+    """Whether the plans of a layer keep its recurrent weights on the chip and take the whole batch in one launch.
+
+    So they are where the kernels were made to be ahead of a product for each step. Elsewhere weights are read in every
+    step, once for each group of rows, or launches follow one another.
+    """
+    kernels = KERNELS if with_gradients else KERNELS[:1]
+    plans = [_usual_plan(kernel, H, B, dtype, index, D, precision, 1) for kernel in kernels]
+    return all(plan.regime in ("single", "persistent") and plan.launches == 1 for plan in plans)
 
 
 def with_plan(

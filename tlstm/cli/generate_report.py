@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def introduction(name: str, model: LSTMForCausalLM, settings: dict[str, Any]) -> str:
     """Two lines: the model and where it runs; the settings."""
-    from tlstm.functional import resolve_backend
+    from tlstm.functional import LayerSize, resolve_backend
     from tlstm.layer import LSTM
 
     layer = next(module for module in model.modules() if isinstance(module, LSTM))
@@ -23,7 +23,8 @@ def introduction(name: str, model: LSTMForCausalLM, settings: dict[str, Any]) ->
     where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     return (
         f"model {name}: {format_count(model.num_parameters())} parameters, {where}, backend "
-        f"{resolve_backend(layer.backend, model.device, model.dtype)}\nsettings {shown}"
+        f"{resolve_backend(layer.backend, model.device, model.dtype, LayerSize(layer.hidden_size, 1))}"
+        f"\nsettings {shown}"
     )
 
 

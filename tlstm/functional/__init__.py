@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from tlstm.functional.dispatch import (
     BACKENDS,
+    LayerSize,
     Seed,
     available_backends,
     explain_backends,
@@ -27,6 +28,7 @@ __all__ = [
     "BACKENDS",
     "BackendUnavailableError",
     "LSTMOptions",
+    "LayerSize",
     "Seed",
     "available_backends",
     "explain_backends",

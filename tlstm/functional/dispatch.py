@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tlstm_kernels.checks import check_choice, check_reset_state, check_resets
@@ -14,7 +14,7 @@ from tlstm.functional.dropout import seed_tensor
 from tlstm.functional.layers import Runner, run_kernels, run_reference
 from tlstm.functional.native import run_native
 from tlstm.functional.options import BackendUnavailableError, Call, LSTMOptions, Result, State, Weights, zero_state
-from tlstm.trials import trial_refusal
+from tlstm.trials import has_passed, trial_refusal
 
 BACKENDS = ("auto", "triton", "native", "reference")
 _RUNNERS: dict[str, Runner] = {"native": run_native, "reference": run_reference, "triton": run_kernels}
@@ -97,11 +97,11 @@ def lstm_packed(
         data of the output (N, D*P), (h_n (L*D, B, P), c_n (L*D, B, H)), rows in the packed order, and with
         `return_cell_states` a tuple of one (N, D*H) for each layer.
     """
-    beyond_torch = return_cell_states or options.zones_out
-    name = _pick(backend, data, int(batch_sizes[0]), weights, options, beyond_torch)
+    B, beyond_torch = int(batch_sizes[0]), return_cell_states or options.zones_out
+    name = _pick(backend, data, B, weights, options, beyond_torch)
     seed = seed_tensor(dropout_seed, data.device)
     call = Call(None, None, None, seed, return_cell_states, batch_sizes, rows, from_zero=hx is None)
-    hx = zero_state(data, int(batch_sizes[0]), weights, options) if hx is None else hx
+    hx = zero_state(data, B, weights, options) if hx is None else hx
     if name == "native":
         result = run_native(data, hx, weights, options, call)
     else:
@@ -121,17 +121,29 @@ def _padded_and_packed(
     return Result(data, state, tuple(packed_cells))
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+class LayerSize(NamedTuple):
+    """What decides whether a layer's recurrent weights stay on a GPU's chip."""
+
+    hidden_size: int
+    batch_size: int
+    num_directions: int = 1
+    gradients: bool = False  # whether there will be a backward pass
+
+
+def resolve_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.float32, size: LayerSize | None = None
+) -> str:
     """The backend that `name` stands for on `device`: itself, or for `auto` the fastest one that is known to be right.
 
-    On a GPU that can run the kernels that is `triton`, once they have passed their trial there (`tlstm.trials`).
+    On a GPU that can run the kernels that is `triton`, once they have passed their trial there (`tlstm.trials`), but
+    for a layer of a `size` whose recurrent weights would not stay on the chip.
 
     Raises:
         ValueError: unknown name.
         BackendUnavailableError: the named backend cannot run there; the message says why.
     """
     if name == "auto":
-        return _automatic(torch.device(device), dtype)
+        return _automatic(torch.device(device), dtype, size)
     check_choice("backend", name, BACKENDS)
     reason = why_unavailable(name, device)
     if reason is not None:
@@ -142,11 +154,21 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype = 
     return name
 
 
-def _automatic(device: torch.device, dtype: torch.dtype) -> str:
-    # In float64 the kernels would only run step by step.
-    if device.type != "cuda" or dtype == torch.float64 or why_unavailable("triton", device) is not None:
+def _automatic(device: torch.device, dtype: torch.dtype, size: LayerSize | None) -> str:
+    kind = str(dtype).removeprefix("torch.")
+    if device.type != "cuda" or dtype == torch.float64:  # which the kernels would only run step by step
         return "native"
-    return "native" if trial_refusal("layer", device.index, str(dtype).removeprefix("torch.")) else "triton"
+    # What has passed can run: no call after the first one looks at driver and packages again.
+    if not has_passed("layer", device.index, kind) and (
+        why_unavailable("triton", device) is not None or trial_refusal("layer", device.index, kind) is not None
+    ):
+        return "native"
+    if size is None:
+        return "triton"
+    from tlstm_kernels.plan_at_hand import precision_of, stays_on_chip
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return "triton" if stays_on_chip(*size, kind, precision_of(dtype), index) else "native"
 
 
 def explain_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
@@ -190,20 +212,14 @@ def _pick(
 ) -> str:
     """`resolve_backend` for one call.
 
-    What torch's own LSTM does not know (cell states, zoneout) the equations do in its place. And what it does well,
-    `auto` leaves to it: layers whose recurrent weights would not stay on the chip. A compiled function, which is one
-    for many sizes, has the kernels for all of them.
+    What torch's own LSTM does not know (cell states, zoneout) the equations do in its place. `auto` leaves no layer to
+    it that has such a thing, or resets or heads; nor a compiled function, which is one for many sizes.
     """
-    dtype = _dtype_of(x)
-    name = resolve_backend(backend, x.device, dtype)
-    may_be_native = not (beyond_torch or resets or options.num_heads > 1 or torch.compiler.is_compiling())
-    if backend == "auto" and name == "triton" and may_be_native:
-        from tlstm_kernels.plan_at_hand import precision_of, stays_on_chip
-
-        kind, H = str(dtype).removeprefix("torch."), weights[1].size(0) // 4
+    size = None
+    if x.is_cuda and not (beyond_torch or resets or options.num_heads > 1 or torch.compiler.is_compiling()):
         gradients = torch.is_grad_enabled() and (x.requires_grad or weights[1].requires_grad)
-        if not stays_on_chip(H, B, options.num_directions, kind, precision_of(dtype), x.device.index, gradients):
-            name = "native"
+        size = LayerSize(weights[1].size(0) // 4, B, options.num_directions, gradients)
+    name = resolve_backend(backend, x.device, _dtype_of(x), size)
     return "reference" if beyond_torch and name == "native" else name
 
 
