@@ -8,7 +8,7 @@ three times, because what depends on timing need not show at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,22 +32,21 @@ def layer_trial(
     Outputs and all gradients must be as near to those in float64 as FACTOR times the distance of the equations in
     `dtype`, and the same bit for bit whenever they are computed. Takes some seconds, most of them for the compiler.
     """
-    exact = _results("reference", device, torch.float64, dtype, sizes)
-    own = _results("reference", device, dtype, dtype, sizes)
-    first: Mapping[str, Tensor] | None = None
-    for _ in range(REPEATS):
-        try:
+    try:
+        exact = _results("reference", device, torch.float64, dtype, sizes)
+        own = _results("reference", device, dtype, dtype, sizes)
+        before: dict[str, Tensor] = {}
+        for _ in range(REPEATS):
             with launch_options(forward={}, backward={}, max_spins=MAX_SPINS):
                 found = _results(backend, device, dtype, dtype, sizes)
-        except Exception as error:  # whatever it is, the kernels do not run here
-            return f"{type(error).__name__}: {error}"
-        for name, value in found.items():
-            reason = distance_reason(name, value, exact[name], own[name])
-            if reason is None and first is not None and not torch.equal(value, first[name]):
-                reason = f"{name} is not the same in every run"
-            if reason is not None:
-                return reason
-        first = found
+            for name, value in found.items():
+                if reason := distance_reason(name, value, exact[name], own[name]):
+                    return reason
+                if before and not torch.equal(value, before[name]):
+                    return f"{name} is not the same in every run"
+            before = found
+    except Exception as error:  # whatever it is, the kernels cannot be relied on here, and their user goes on without
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -80,6 +80,16 @@ def test_whatever_is_raised_is_the_reason(kernels):
     assert trial.layer_trial(CPU, torch.float32, "triton", SMALL) == "RuntimeError: no such instruction"
 
 
+def test_a_trial_that_cannot_be_held_is_a_reason_too(monkeypatch):
+    """The call that it was held for goes on."""
+
+    def full(*inputs, backend):
+        raise torch.OutOfMemoryError("no memory for float64")
+
+    monkeypatch.setattr(trial, "lstm_layer", full)
+    assert trial.layer_trial(CPU, torch.float32, "triton", SMALL) == "OutOfMemoryError: no memory for float64"
+
+
 def test_the_kernels_themselves_pass(gpu, monkeypatch):
     """In the interpreter, through all that lies between the layer and a launch; every wait is bounded."""
     monkeypatch.setattr(layer_op, "check_layer", lambda *arguments: None)  # which asks for a GPU
