@@ -3,14 +3,15 @@
     PYTHONPATH=.:kernels python benchmarks/compiled_decode.py [--gpu H100 ...]
 
 One CSV, benchmarks/results/compiled_decode.csv: the plan, registers, spilled bytes, shared memory beside the target's
-limit, matrix instructions, tiles of weights held outside the loop over tokens, and the time of one token of
-every stream by the cost model, which nobody measured. Rows are written as they come; a row for the same kernel
-source, compiler and plan that is there already is kept.
+limit, matrix instructions, tiles of weights held outside the loop over tokens, the time of one token of every stream
+by the cost model, which nobody measured, and the processor time of compiler and assembler on this machine. Rows are
+written as they come; a row for the same kernel source, compiler and plan that is there already is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,7 @@ SOURCE = (
 )
 COLUMNS = [
     *("gpu", "target", "widths", "vocabulary", "streams", "dtype", "choice", *PLAN),
-    *(*FIGURES, "shared_estimate", "shared_limit", "model_us", "triton", "source"),
+    *(*FIGURES, "shared_estimate", "shared_limit", "model_us", "compile_seconds", "triton", "source"),
 ]
 
 
@@ -73,7 +74,9 @@ def main() -> None:
             row = describe(plan, gpu)
             if is_same(rows.get(key_of(row)), row, PLAN):
                 continue
+            started = sum(os.times()[:4])
             figures = asdict(compile_decode_plan(plan, gpu))
+            row["compile_seconds"] = f"{sum(os.times()[:4]) - started:.1f}"
             rows[key_of(row)] = row | {name: str(figures[name]) for name in FIGURES}
             write(arguments.out, COLUMNS, rows.values())
             print(*(f"{column}={rows[key_of(row)][column]}" for column in COLUMNS[:-2]), flush=True)

@@ -10,11 +10,8 @@ Times are the process's CPU time, one thread, without the filling of buffers, wh
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,29 +19,17 @@ from tlstm_kernels.decode_plan import choose_decode_plan
 from tlstm_kernels.decode_shape import DecodePlan
 from tlstm_kernels.gpu import KNOWN_GPUS
 
-from benchmarks.compiled_table import write
+from benchmarks.compiled_table import Row
+from benchmarks.host_figures import run, times_of
 from tlstm import LSTMConfig, LSTMForCausalLM
-from tlstm.benchmark.environment import commit_of, cpu_name
 from tlstm.generation.gpu_model import choice_of, shape_of
 from tlstm.generation.inputs import resolve_config
 from tlstm.generation.kernel_rows import KernelRows
 
 STEPS = 2000
 BATCHES = (1, 8, 64)
-COLUMNS = [
-    "way",
-    "B",
-    "us_per_step",
-    "us_per_token",
-    "p20",
-    "p80",
-    "steps",
-    "turns",
-    "cpu",
-    "torch",
-    "python",
-    "commit",
-]
+WAYS = ("step", "advance")
+COLUMNS = ("way", "B", "us", "p20", "p80")  # microseconds of one step of all texts
 KEY = (1 << 32) | (0x7FFFFFFF - 5)  # a score, and token 5
 
 
@@ -79,28 +64,13 @@ def filling(plan: DecodePlan) -> float:
     return time.process_time() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=15, help="of either way (default: 15)")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def measure(turns: int) -> Iterator[Row]:
     model = LSTMForCausalLM(LSTMConfig(65, hidden_size=64, num_layers=2)).eval()
-    about = {"steps": STEPS, "turns": args.turns, "cpu": cpu_name(), "torch": torch.__version__}
-    about |= {"python": platform.python_version(), "commit": commit_of(Path(__file__).parents[1])}
-    found = []
     for B in BATCHES:
-        turns = [{way: seconds_of(model, B, way) for way in ("step", "advance")} for _ in range(args.turns + 1)][1:]
-        for way in ("step", "advance"):
-            times = sorted(turn[way] / STEPS * 1e6 for turn in turns)
-            median, p20, p80 = statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
-            figures = {"us_per_step": median, "us_per_token": median / B, "p20": p20, "p80": p80}
-            found.append({"way": way, "B": B, **{name: f"{value:.2f}" for name, value in figures.items()}, **about})
-            print(*(f"{name}={found[-1][name]}" for name in COLUMNS[:6]), flush=True)
-    if args.out:
-        write(args.out, COLUMNS, found)
+        taken = [{way: seconds_of(model, B, way) for way in WAYS} for _ in range(turns + 1)][1:]
+        for way in WAYS:
+            yield {"way": way, "B": str(B), **times_of([turn[way] / STEPS * 1e6 for turn in taken], 2)}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, COLUMNS, measure)

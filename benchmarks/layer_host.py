@@ -10,12 +10,9 @@ of the same size on the CPU, arithmetic included. Times are the process's CPU ti
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -25,14 +22,14 @@ from tlstm_kernels import kernel_calls, layer_op, plan_at_hand
 from tlstm_kernels.checks import check_layer
 from tlstm_kernels.gpu import KNOWN_GPUS
 
-from benchmarks.compiled_table import write
+from benchmarks.compiled_table import Row
+from benchmarks.host_figures import run, times_of
 from tlstm import LSTM
-from tlstm.benchmark.environment import commit_of, cpu_name
 from tlstm.functional import dispatch
 
 CALLS = 300  # of a turn
 CASES = {"one layer": {}, "two layers": {"num_layers": 2}, "bidirectional": {"bidirectional": True}}
-COLUMNS = ["layer", "mode", "kernels_us", "p20", "p80", "torch_us", "turns", "cpu", "torch", "python", "commit"]
+COLUMNS = ("layer", "mode", "us", "p20", "p80", "torch_us")
 
 
 class NoKernel:
@@ -67,15 +64,7 @@ def microseconds(call: Callable[[], object]) -> float:
     return (time.process_time() - started) / CALLS * 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=15, help="of either (default: 15)")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    about = {"turns": args.turns, "cpu": cpu_name(), "torch": torch.__version__, "python": platform.python_version()}
-    about["commit"] = commit_of(Path(__file__).parents[1])
-    found = []
+def measure(turns: int) -> Iterator[Row]:
     with (
         patch.object(plan_at_hand, "gpu_of", lambda index: KNOWN_GPUS["H100"]),
         patch.object(kernel_calls, "persistent_forward_kernel", NoKernel()),
@@ -83,22 +72,12 @@ def main() -> None:
         patch.object(dispatch, "why_unavailable", lambda name, device: None),
         patch.object(layer_op, "check_layer", checked_as_on_a_gpu),
     ):
-        for name, options in CASES.items():
-            for mode in ("forward", "train"):
-                calls = contestants(options, mode)
-                turns = [{who: microseconds(call) for who, call in calls.items()} for _ in range(args.turns)]
-                times = sorted(turn["kernels"] for turn in turns)
-                figures = {
-                    "kernels_us": statistics.median(times),
-                    "p20": times[len(times) // 5],
-                    "p80": times[-1 - len(times) // 5],
-                    "torch_us": statistics.median(turn["torch"] for turn in turns),
-                }
-                found.append({"layer": name, "mode": mode, **{k: f"{v:.1f}" for k, v in figures.items()}, **about})
-                print(*(f"{column}={found[-1][column]}" for column in COLUMNS[:6]), flush=True)
-    if args.out:
-        write(args.out, COLUMNS, found)
+        for (name, options), mode in product(CASES.items(), ("forward", "train")):
+            calls = contestants(options, mode)
+            taken = [{who: microseconds(call) for who, call in calls.items()} for _ in range(turns)]
+            ours, theirs = (times_of([turn[who] for turn in taken], 1) for who in ("kernels", "torch"))
+            yield {"layer": name, "mode": mode, **ours, "torch_us": theirs["us"]}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, COLUMNS, measure)

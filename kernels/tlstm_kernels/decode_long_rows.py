@@ -122,9 +122,11 @@ def choose_long_row(
     wanted = tl.full((1,), 1, tl.int1)
     receive(logits_row, wanted, wanted, error_ptr, stage, V, V, V, BLOCK, 0, MAX_SPINS)
     receive(scores_row, wanted, wanted, error_ptr, stage, V, V, V, BLOCK, 0, MAX_SPINS)
-    top = largest_bits(logits_row, V, BLOCK)
-    largest = value_of_bits(top)
     lowest = tl.full((1, 1), -0x80000000, tl.int32)
+    top = lowest
+    if TOP_P or MIN_P:
+        top = largest_bits(logits_row, V, BLOCK)
+    largest = value_of_bits(top)
     if TOP_K:
         lowest = threshold(logits_row, top_k, lowest, largest, V, BLOCK, 0)
     if TOP_P:

@@ -22,7 +22,7 @@ from functools import lru_cache
 from itertools import product
 
 from .cost_model import ITEM_SIZE, MATRIX_LATENCY, StepCost
-from .decode_shape import Choice, DecodePlan, DecodeShape, next_power_of_two
+from .decode_shape import MOST_FILTERED, Choice, DecodePlan, DecodeShape, next_power_of_two
 from .gpu import GPU, KIB
 
 UNITS = (4, 8, 16, 32, 64)
@@ -30,7 +30,6 @@ ROWS = (8, 16, 32, 64)
 BLOCK_K = (64, 128)
 MOST_LAYERS = 8  # the kernel's text grows with the layers and the chunks of their matrices
 MOST_CHUNKS = 16
-MOST_FILTERED = 1 << 12  # token ids of a row that one program holds in registers, to filter it
 LONG_ROW_BLOCK = 16  # token ids of a longer row that one thread holds at a time
 L2_BYTES_PER_PROGRAM = 64  # that one multiprocessor reads from the L2 cache in a clock
 WAIT_CLOCKS = 500  # until a chunk has come from the L2 cache and all warps know that it is whole

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 MODES = ("reduce", "everyone", "owner")
+MOST_FILTERED = 1 << 12  # token ids of a row of logits that one program holds in registers, to filter it
 LINE = 32  # float32 in 128 bytes, what a row of logits is a multiple of: whole rows are read in whole vectors
 
 
@@ -90,7 +91,7 @@ class DecodePlan:
     on_chip: tuple[bool, ...]  # per matrix, in the order of `DecodeShape.inputs`
     mode: str
     split_k: int = 1  # parts of a contraction that different warps add up: 1, or a power of two up to num_warps
-    filter_block: int = 1 << 12  # token ids of a row of logits that a program filters at a time: a power of two
+    filter_block: int = MOST_FILTERED  # token ids of a row of logits that a program filters at a time: a power of two
     gpu: str = ""
     cost: Any = field(default=None, compare=False)
 
