@@ -1,9 +1,10 @@
 """What is known of the kernels on this machine: asked before a kernel is used that nobody asked for by name.
 
-The first call that could use a kernel on a GPU tries it there (`tlstm_kernels.trial`, `tlstm_kernels.decode_trial`):
-some seconds, once for a model of GPU, a dtype, and the versions of torch, triton and the kernels. What has passed is
-remembered in `$XDG_CACHE_HOME/tlstm/trials` (`~/.cache/tlstm/trials`), where that can be written, one file each; delete
-a file to have its trial again. What has not passed is said in a warning and tried again by the next process.
+The first call that could use a kernel on a GPU tries it there (`tlstm_kernels.trial`, `tlstm_kernels.decode_trial`),
+which compiles one or two kernels: once for a model of GPU, a dtype, and the versions of torch, triton and the kernels.
+What has passed is remembered in `$XDG_CACHE_HOME/tlstm/trials` (`~/.cache/tlstm/trials`), one file each, where that
+can be written; delete a file to have its trial again. What has not passed is said in a warning and tried again by the
+next process.
 
 In the same place is noted which kernels were compiled before: Triton has them in its cache, and they start at once.
 """
@@ -70,7 +71,7 @@ def _verdict(kind: str, index: int, dtype: str) -> str | None:
     if _is_noted(conditions):
         return None
     gpu = conditions["gpu"]
-    _logger.warning("tlstm: trying the %s kernels in %s on %s; once, for some seconds", kind, dtype, gpu)
+    _logger.warning("tlstm: trying the %s kernels in %s on %s, once; they are compiled first", kind, dtype, gpu)
     reason = _tried(kind, index, dtype)
     if reason is None:
         _note(conditions)

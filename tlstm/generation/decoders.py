@@ -5,8 +5,8 @@
     lean     the equations of a step over fixed buffers, on a CPU
     loop     a call of the model for every token; serves every model and every request
 
-A kernel has to be compiled for each model's sizes, 10 to 35 s on a machine that has not done so before. Unasked, that
-is done for long texts or many; `decoder="kernel"` does it once, and from then on "auto" takes it for short ones, too.
+A kernel has to be compiled for each model's sizes on a machine that has not done so before. Unasked, that is done for
+long texts or many; `decoder="kernel"` does it once, and from then on "auto" takes it for short ones, too.
 
 "The same" is within rounding: two ways may round a logit differently, and where the best two tokens are that close to
 each other, they may choose differently. A way whose rounding would be noticed refuses.
@@ -34,8 +34,8 @@ from tlstm.trials import has_compiled, trial_refusal
 from tlstm.validation import check_choice
 
 DECODERS = ("auto", "kernel", "graph", "lean", "loop")
-# Tokens for which a kernel is compiled unasked. That takes a processor 10 to 35 s for the plans of the committed table,
-# once; a graph makes so many meanwhile, by an estimate that no GPU has confirmed.
+# Tokens for which a kernel is compiled unasked. That takes 9 to 32 s of a processor, once (for an H100: compile_seconds
+# in benchmarks/results/compiled_decode.csv). How many tokens a graph makes meanwhile no GPU has told: a guess.
 _WORTH_COMPILING = 50_000
 
 
